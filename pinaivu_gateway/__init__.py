@@ -1,0 +1,1 @@
+"""The gateway peer: the OpenAI HTTP API, bridged into the Pinaivu mesh."""
