@@ -53,7 +53,7 @@ def public_key_of(peer: PeerId) -> bytes:
     """The 32-byte Ed25519 key that a PeerID spells; ValueError if it spells none."""
     if len(peer) > 64:
         raise ValueError("a peer id has at most 64 characters")
-    decoded = base58.b58decode(peer)
+    decoded = bytes(base58.b58decode(peer))
     if len(decoded) != len(_ED25519_PREFIX) + 32 or not decoded.startswith(_ED25519_PREFIX):
         raise ValueError("not the peer id of an Ed25519 key")
     return decoded[len(_ED25519_PREFIX) :]

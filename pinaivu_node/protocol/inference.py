@@ -1,0 +1,158 @@
+"""Gateway ↔ provider: prompts one way, tokens the other.
+
+One stream per pair carries many requests.  For each: Dispatch, then Refuse, or Accept, any number
+of Tokens, and Done with the signed Proof.  The gateway may say Cancel at any time; Done follows.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from pinaivu_node.protocol.ids import Digest, RequestIdField, TokenCount, TokenId, digest_of
+from pinaivu_node.protocol.market import MAX_FINGERPRINTS, Explanation, Fingerprint
+from pinaivu_node.protocol.signing import Envelope
+from pinaivu_node.protocol.wire import Message, Record, encode_body
+
+MAX_PROMPT_CHARACTERS: Final = 900_000
+"""What fits one frame; about 200k tokens, beyond the context of the models served."""
+
+
+class RefuseReason(StrEnum):
+    """Why a provider does not run what was dispatched to it."""
+
+    MALFORMED_TOKEN = "malformed_token"  # noqa: S105 - a reason, not a secret
+    WRONG_SIGNER = "wrong_signer"
+    OTHER_PROVIDER = "other_provider"
+    OTHER_GATEWAY = "other_gateway"
+    EXPIRED = "expired"
+    REPLAYED = "replayed"
+    WRONG_MODEL = "wrong_model"
+    WRONG_INPUT = "wrong_input"
+    WRONG_SAMPLING = "wrong_sampling"
+    OVER_LIMITS = "over_limits"
+    FULL = "full"
+    DRAINING = "draining"
+    PROMPT_REFUSED = "prompt_refused"
+    ENGINE_UNAVAILABLE = "engine_unavailable"
+
+
+class Finish(StrEnum):
+    """Why a stream of tokens is over."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class ChatTurn(Record):
+    """One message of a chat, its parts already joined."""
+
+    role: Annotated[str, Field(max_length=32)]
+    content: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+class Prompt(Record):
+    """What the model is given: turns, or text, or token ids; exactly one of them."""
+
+    nonce: Annotated[bytes, Field(min_length=16, max_length=16)]
+    """Random, so that the commitment to a short prompt cannot be guessed."""
+    turns: Annotated[tuple[ChatTurn, ...], Field(max_length=4096)] | None = None
+    text: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    token_ids: Annotated[tuple[TokenId, ...], Field(max_length=1 << 17)] | None = None
+
+    @property
+    def commitment(self) -> Digest:
+        """What binds token, proof and receipt to this very prompt."""
+        return digest_of(b"pinaivu/input/1\0" + encode_body(self))
+
+
+class Sampling(Record):
+    """How tokens are chosen; ranges as in the OpenAI API."""
+
+    max_tokens: TokenCount
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    logit_bias: Annotated[
+        tuple[tuple[TokenId, Annotated[float, Field(ge=-100, le=100)]], ...], Field(max_length=1024)
+    ] = ()
+    stop: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=16)] = ()
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    ignore_eos: bool = False
+
+    @property
+    def digest(self) -> Digest:
+        """What token and receipt name."""
+        return digest_of(b"pinaivu/sampling/1\0" + encode_body(self))
+
+
+class Dispatch(Message, kind="dispatch/1"):
+    """Run this."""
+
+    request_id: RequestIdField
+    token: Envelope
+    prompt: Prompt
+    sampling: Sampling
+    resume_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=1 << 17)] = ()
+    """Already delivered by another provider; go on after them."""
+    tenant: Annotated[bytes, Field(max_length=32)] = b""
+    """Salts the prefix cache: one customer cannot time another's prompts."""
+    fingerprints: Annotated[tuple[Fingerprint, ...], Field(max_length=MAX_FINGERPRINTS)] = ()
+
+
+class Accept(Message, kind="accept/1"):
+    """The token is good and the job is queued or running."""
+
+    request_id: RequestIdField
+
+
+class Refuse(Message, kind="refuse/1"):
+    """It will not be run."""
+
+    request_id: RequestIdField
+    reason: Annotated[RefuseReason, Field(strict=False)]
+    explanation: Explanation
+
+
+class TokenDelta(Record):
+    """What one step brought one request; `text` may lag behind the ids."""
+
+    request_id: RequestIdField
+    position: TokenCount
+    """Output tokens before these."""
+    token_ids: Annotated[tuple[TokenId, ...], Field(max_length=4096)]
+    text: Annotated[str, Field(max_length=65536)]
+
+
+class Tokens(Message, kind="tokens/1"):
+    """All tokens of one engine step for one gateway: frames, not bytes, are what costs."""
+
+    deltas: Annotated[tuple[TokenDelta, ...], Field(min_length=1, max_length=4096)]
+
+
+class Done(Message, kind="done/1"):
+    """The last word on a request that was accepted."""
+
+    request_id: RequestIdField
+    finish: Annotated[Finish, Field(strict=False)]
+    proof: Envelope
+    explanation: Explanation = ""
+
+
+class Cancel(Message, kind="cancel/1"):
+    """Stop at the next token; Done follows."""
+
+    request_id: RequestIdField
+
+
+# What may arrive on an inference stream, by who reads it; an Envelope to the provider is a Voucher.
+TO_PROVIDER: Final = (Dispatch, Cancel, Envelope)
+TO_GATEWAY: Final = (Accept, Refuse, Tokens, Done)
