@@ -1,0 +1,129 @@
+"""Every knob of the daemon: a TOML file, then PINAIVU_… variables, then flags, the last strongest.
+
+Parsed once by the CLI and frozen; each component is handed its own struct, never the whole.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import platformdirs
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX: Final = "PINAIVU_"
+CONFIG_FILE: Final = "config.toml"
+DATA_FOLDER: Final = platformdirs.user_data_path("pinaivu")
+# Variables that share our prefix and are read elsewhere: the gateway's, and the test suite's.
+_FOREIGN_PREFIXES: Final = ("PINAIVU_GATEWAY_", "PINAIVU_TEST_")
+
+DEFAULT_PRICE_INPUT: Final = 50_000_000
+DEFAULT_PRICE_OUTPUT: Final = 200_000_000
+"""0.05 X and 0.2 X per million tokens: about what small open models cost elsewhere in dollars."""
+
+
+class ConfigError(Exception):
+    """A setting is unknown or unusable; the message says which and where it came from."""
+
+
+def _split(value: object) -> object:
+    """A variable holds a list as comma-separated words; files and flags bring real lists."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX)
+
+    home: Path
+    models_folder: Path = DATA_FOLDER / "models"
+    """Where weights live; shared by every daemon of this machine, whatever their home."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags over environment over the file in the home folder; no other source."""
+        del dotenv_settings, file_secret_settings
+        home = init_settings().get("home") or env_settings().get("home")
+        folder = Path(home or cls.model_fields["home"].default)
+        file = TomlConfigSettingsSource(settings_cls, toml_file=folder / CONFIG_FILE)
+        return (init_settings, env_settings, file)
+
+
+class ProviderSettings(_Settings):
+    """`pinaivu-node start`."""
+
+    home: Path = DATA_FOLDER / "provider"
+    model: Words = ("smollm2:135m",)
+    coordinator: str | None = None
+    listen: Words = ("/ip4/0.0.0.0/tcp/0",)
+    price_input: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_INPUT
+    price_cached_input: Annotated[int, Field(ge=0, le=2**53 - 1)] | None = None
+    """None: a quarter of `price_input`."""
+    price_output: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_OUTPUT
+    engine: Literal["torch", "openai", "bench"] = "torch"
+    engine_url: str | None = None
+    engine_api_key: str | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of the engine; None: as many as there are cores."""
+
+
+class CoordinatorSettings(_Settings):
+    """`pinaivu-node coordinate`."""
+
+    home: Path = DATA_FOLDER / "coordinator"
+    listen: Words = ("/ip4/0.0.0.0/tcp/4001",)
+    database: str | None = None
+    """An SQLAlchemy URL; None: SQLite in the home folder."""
+    welcome_credit: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+    """NanoX granted once to every new gateway; for test networks."""
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def load(kind: type[S], flags: Mapping[str, Any], environ: Mapping[str, str]) -> S:
+    """The settings of one daemon; a flag that is None or an empty list was not given.
+
+    `environ` is searched for misspelt variables.  Raises ConfigError naming the key.
+    """
+    _refuse_unknown_variables(environ)
+    try:
+        return kind(**{name: value for name, value in flags.items() if value not in (None, [])})
+    except ValidationError as exc:
+        fault = exc.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        known = ", ".join(sorted(kind.model_fields))
+        if fault["type"] == "extra_forbidden":
+            raise ConfigError(f"unknown setting {key!r}; known are {known}") from exc
+        raise ConfigError(f"setting {key!r}: {fault['msg']}") from exc
+    except (SettingsError, OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read the configuration: {exc}") from exc
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {*ProviderSettings.model_fields, *CoordinatorSettings.model_fields}
+    for variable in environ:
+        if not variable.startswith(ENV_PREFIX) or variable.startswith(_FOREIGN_PREFIXES):
+            continue
+        if variable.removeprefix(ENV_PREFIX).lower() not in known:
+            raise ConfigError(f"the environment variable {variable} names no setting")
