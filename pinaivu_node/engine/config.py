@@ -1,0 +1,58 @@
+"""What an operator may choose about an engine; each kind of engine receives its own record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, SecretStr
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineConfig(BaseModel, frozen=True, extra="forbid"):
+    """An engine of our own: a model folder run by a child process."""
+
+    model: Path
+    """A folder with safetensors weights, config and tokenizer."""
+    device: Device = "auto"
+    dtype: DtypeName = "auto"
+    """auto: bfloat16 on CUDA; float32 on CPU, where two kernels then agree on every token."""
+    threads: int | None = Field(default=None, ge=1, le=512)
+    """CPU threads of the step loop; None: the physical cores less one for everything else."""
+    context_window: int | None = Field(default=None, ge=16)
+    """Lowers the model's own window, where its memory would not fit."""
+    prefill_chunk: int = Field(default=512, ge=16, le=65536)
+    """Prompt tokens per step.  Between steps the child hears cancels and shows that it is alive:
+    512 take about a second of one CPU core on a small model."""
+    max_queued: int = Field(default=8, ge=0, le=4096)
+    """Requests that may wait for a place.  Eight short answers of a small model are some 20 s of
+    one CPU core; a client who would wait longer is better served elsewhere."""
+    load_timeout_s: float = Field(default=600.0, gt=0)
+    """A 16 GB model from a slow disk takes about three minutes."""
+    hang_timeout_s: float = Field(default=30.0, gt=0)
+    """Silence of the step loop after which it counts as wedged.  The longest honest step, a prefill
+    chunk of a large model on a busy CPU, takes some seconds."""
+    ping_interval_s: float = Field(default=2.0, gt=0)
+    restart_backoff_s: float = Field(default=0.5, gt=0)
+    """Pause before the first restart; doubles up to half a minute while restarts fail."""
+
+
+class OpenAIEngineConfig(BaseModel, frozen=True, extra="forbid"):
+    """An OpenAI-compatible server that the operator runs beside the node."""
+
+    base_url: str = Field(pattern=r"^https?://")
+    """Up to and including `/v1`."""
+    model: str = Field(min_length=1)
+    """The model's name on that server."""
+    api_key: SecretStr | None = None
+    context_window: int = Field(ge=16)
+    """What the server was started with: the API does not tell."""
+    capacity: int = Field(default=16, ge=1, le=4096)
+    """Generations at once; such servers batch, and queue what is beyond their batch."""
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    stall_timeout_s: float = Field(default=120.0, gt=0)
+    """Silence on an open stream after which the server counts as hung; covers a long prefill."""
+    ready_timeout_s: float = Field(default=600.0, gt=0)
+    """How long `wait_ready` gives a server that is still loading its model."""
