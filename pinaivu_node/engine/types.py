@@ -116,15 +116,15 @@ class EngineError(Exception):
     """The engine could not answer."""
 
 
-class EngineDead(EngineError):
+class EngineDead(EngineError):  # noqa: N818 - named for what happened
     """The engine process ended or hangs; it is being restarted."""
 
 
-class EngineBusy(EngineError):
+class EngineBusy(EngineError):  # noqa: N818 - named for what happened
     """No room for one more request now."""
 
 
-class PromptRefused(EngineError):
+class PromptRefused(EngineError):  # noqa: N818 - named for what happened
     """This prompt cannot be run: too long for the context window, or the model has no template."""
 
 

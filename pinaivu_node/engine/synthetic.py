@@ -1,0 +1,165 @@
+"""An engine without a model, to measure everything around an engine.  Its name where it is chosen
+is `bench`: nothing that it says is an answer.
+
+It emits words at an even pace, the tokens of all running requests at the same instants, as an
+engine that batches does.  It waits by the event loop's clock alone, so that a simulated network
+under a virtual clock runs as fast as the machine allows, and repeats itself exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from pinaivu_node.engine import noise
+from pinaivu_node.engine.gauge import SpeedGauge, Timing
+from pinaivu_node.engine.types import (
+    ChatMessage,
+    EngineBusy,
+    EngineStatistics,
+    FinishReason,
+    GenerationRequest,
+    PromptRefused,
+    TokenEvent,
+)
+
+_VOCABULARY: Final = (
+    *("the ", "a ", "of ", "and ", "market ", "token ", "peer ", "bid "),
+    *("price ", "proof ", "light ", "river ", "stone ", "winter ", "ünï ", "\n"),
+)
+
+_BYTES_PER_TOKEN: Final = 4
+
+
+class _Answer:
+    """One generation: an async iterator of its events."""
+
+    def __init__(self, engine: SyntheticEngine, request: GenerationRequest, *, waits: bool) -> None:
+        self._engine = engine
+        self._request = request
+        self._input_tokens = count_tokens(request.prompt)
+        self._produced = len(request.resume_token_ids)
+        room = engine.context_window - self._input_tokens
+        self._limit = max(1, min(request.sampling.max_tokens, room))
+        self._next_at: float | None = None
+        self.has_place = False
+        self.timing = Timing(asked=trio.current_time(), waited=waits)
+
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._produced >= self._limit:
+            raise StopAsyncIteration
+        if self._next_at is None:
+            await self._engine.places.acquire_on_behalf_of(self)
+            self.has_place = True
+            self._next_at = self._engine.tick_after(trio.current_time() + self._engine.ttft_s)
+        await trio.sleep_until(self._next_at)
+        self._next_at += self._engine.step_s
+        self._engine.gauge.tokens(self.timing, 1, now=trio.current_time())
+        return self._event()
+
+    def _event(self) -> TokenEvent:
+        position = self._produced
+        self._produced += 1
+        draw = noise.stream(self._request.sampling.seed, self._input_tokens + position)
+        token_id = draw % len(_VOCABULARY)
+        is_last = self._produced >= self._limit
+        return TokenEvent(
+            request_id=self._request.id,
+            token_ids=(token_id,),
+            text=_VOCABULARY[token_id],
+            input_tokens=self._input_tokens,
+            finish_reason=FinishReason.LENGTH if is_last else None,
+        )
+
+
+class SyntheticEngine:
+    """An `Engine` that speaks nonsense at a known speed.  Ready at once; owns nothing."""
+
+    def __init__(
+        self,
+        *,
+        tokens_per_second: float = 100.0,
+        ttft_ms: float = 50.0,
+        capacity: int = 16,
+        context_window: int = 8192,
+        max_queued: int = 8,
+    ) -> None:
+        """`tokens_per_second` is per request; a request waits while `capacity` others run."""
+        self.context_window = context_window
+        self.step_s = 1.0 / tokens_per_second
+        self.ttft_s = ttft_ms / 1000
+        self.places = trio.CapacityLimiter(capacity)
+        self.gauge = SpeedGauge()
+        self.gauge.preset(tokens_per_second=tokens_per_second, ttft_ms=ttft_ms)
+        self._capacity = capacity
+        self._max_queued = max_queued
+        self._requests = 0
+
+    async def wait_ready(self) -> None:
+        """Return at once: there is nothing to load."""
+        await trio.lowlevel.checkpoint()
+
+    @asynccontextmanager
+    async def generate(
+        self, request: GenerationRequest
+    ) -> AsyncIterator[AsyncIterator[TokenEvent]]:
+        """See `Engine.generate`."""
+        input_tokens = count_tokens(request.prompt)
+        if input_tokens + len(request.resume_token_ids) >= self.context_window:
+            raise PromptRefused(
+                f"This model's maximum context length is {self.context_window} tokens. "
+                f"However, your messages resulted in {input_tokens} tokens."
+            )
+        if self._requests >= self._capacity + self._max_queued:
+            raise EngineBusy(f"{self._requests} requests are running or waiting")
+        answer = _Answer(self, request, waits=self._requests >= self._capacity)
+        self._requests += 1
+        try:
+            yield answer
+        finally:
+            self._requests -= 1
+            if answer.has_place:
+                self.places.release_on_behalf_of(answer)
+            self.gauge.finished(answer.timing)
+
+    def statistics(self) -> EngineStatistics:
+        """A snapshot, at once."""
+        ahead = max(0, self._requests - self._capacity + 1)
+        return EngineStatistics(
+            ready=True,
+            running=min(self._requests, self._capacity),
+            queued=max(0, self._requests - self._capacity),
+            capacity=self._capacity,
+            context_window=self.context_window,
+            tokens_per_second=self.gauge.tokens_per_second,
+            ttft_estimate_ms=self.gauge.ttft_estimate_ms(ahead=ahead, capacity=self._capacity),
+            restarts=0,
+            generated_tokens=self.gauge.generated_tokens,
+            device="none",
+            dtype="none",
+        )
+
+    def tick_after(self, moment: float) -> float:
+        """The engine's next step at or after this moment."""
+        return math.ceil(moment / self.step_s) * self.step_s
+
+
+def count_tokens(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> int:
+    """Tokens of a prompt as this engine counts: one per four bytes, and four marks per turn."""
+    if isinstance(prompt, str):
+        return max(1, math.ceil(len(prompt.encode()) / _BYTES_PER_TOKEN))
+    total = 0
+    for part in prompt:
+        if isinstance(part, ChatMessage):
+            size = len(part.role.encode()) + len(part.content.encode())
+            total += 4 + math.ceil(size / _BYTES_PER_TOKEN)
+        else:
+            total += 1
+    return max(1, total)
