@@ -1,0 +1,227 @@
+"""What a job is billed: the smaller of what was proven and what was received.  Pure.
+
+Each party is believed against its own interest only.  The provider's claim is its Proof; the
+gateway's is its Delivery, or its last Voucher where that admits more.  With both, the smaller
+count of each kind is paid.  With the Delivery alone, what the gateway admits.  With the Proof
+alone, the vouchered output and no more prompt than the gateway itself estimated.  Nothing is paid
+for a segment without output, for more than the limits, for a provider without a token, or beyond
+the hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pinaivu_node.coordinator.auction import RankedAward
+from pinaivu_node.coordinator.job import Contract, Job
+from pinaivu_node.coordinator.ledger import Share
+from pinaivu_node.protocol.errors import RemoteProtocolError
+from pinaivu_node.protocol.ids import (
+    MILLION,
+    Digest,
+    Milliseconds,
+    NanoX,
+    PeerId,
+    UnixMilliseconds,
+    digest_of,
+)
+from pinaivu_node.protocol.market import Outcome, Proof, SegmentReport, Voucher
+from pinaivu_node.protocol.money import TokenUsage, cost
+from pinaivu_node.protocol.receipt import Receipt, ReceiptSegment
+from pinaivu_node.protocol.signing import open_untrusted
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What is paid to whom, and why."""
+
+    segments: tuple[ReceiptSegment, ...]
+    amount: NanoX
+    shares: tuple[Share, ...]
+    outcome: Outcome
+    output_hash: Digest
+
+    @property
+    def fee(self) -> NanoX:
+        """What the network keeps of the amount."""
+        return NanoX(sum(share.fee for share in self.shares))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One provider's part of a job: what is believed of it, and who said the rest."""
+
+    award: RankedAward
+    usage: TokenUsage
+    said: Proof | SegmentReport
+    proof: Digest | None
+    ttft_ms: Milliseconds | None
+
+
+def bill(job: Job) -> Bill:
+    """The bill of a job as it stands; whatever was said of it, at most its hold."""
+    contract = job.contract
+    segments: list[ReceiptSegment] = []
+    delivered = 0
+    left = contract.hold
+    for part in _parts(job):
+        segment = _segment(contract, part, delivered=delivered, left=left)
+        segments.append(segment)
+        delivered += segment.usage.output
+        left = NanoX(left - segment.amount)
+    shares = (_share(segment, contract.policy.fee_ppm) for segment in segments)
+    return Bill(
+        segments=tuple(segments),
+        amount=NanoX(contract.hold - left),
+        shares=tuple(share for share in shares if share.amount),
+        outcome=_outcome(job),
+        output_hash=_output_hash(job),
+    )
+
+
+def receipt_for(
+    job: Job,
+    bill: Bill,
+    *,
+    coordinator: PeerId,
+    ledger_entry: int,
+    now: UnixMilliseconds,
+) -> Receipt:
+    """What is to be signed and kept for ever."""
+    contract = job.contract
+    terms, winner = contract.terms, contract.awards[0]
+    return Receipt(
+        request_id=terms.request_id,
+        coordinator=coordinator,
+        gateway=contract.gateway,
+        provider=winner.provider,
+        kind_of_job=terms.kind,
+        model=terms.model,
+        model_digest=winner.model_digest,
+        sampling_digest=terms.sampling_digest,
+        input_commitment=terms.input_commitment,
+        output_hash=bill.output_hash,
+        bid_set_root=contract.bid_set_root,
+        bids=contract.bids,
+        passes=contract.passes,
+        policy_hash=contract.policy_hash,
+        segments=bill.segments,
+        amount=bill.amount,
+        fee=bill.fee,
+        outcome=bill.outcome,
+        opened_at=contract.opened_at,
+        awarded_at=contract.awarded_at,
+        settled_at=now,
+        ledger_entry=ledger_entry,
+        delivery=job.delivery.envelope.digest if job.delivery else None,
+        attestation=None,
+    )
+
+
+def vouchered_output(proof: Proof, *, contract: Contract) -> int:
+    """How many tokens the gateway itself has signed for; a bad voucher counts as none.
+
+    It is no fault of the provider's that can be proven: it may only be passing on what it got.
+    """
+    if proof.voucher is None:
+        return 0
+    try:
+        voucher = open_untrusted(proof.voucher, Voucher, signer=contract.gateway)
+    except RemoteProtocolError:
+        return 0
+    same = (voucher.request_id, voucher.provider) == (contract.terms.request_id, proof.provider)
+    return voucher.output_tokens if same else 0
+
+
+def smaller_count(report: SegmentReport, proof: Proof | None, *, contract: Contract) -> TokenUsage:
+    """What provider and gateway both stand by; without a proof, what the gateway admits."""
+    if proof is None:
+        return report.usage
+    admitted = max(report.usage.output, vouchered_output(proof, contract=contract))
+    return TokenUsage(
+        input=min(proof.usage.input, report.usage.input),
+        cached_input=min(proof.usage.cached_input, report.usage.cached_input),
+        output=min(proof.usage.output, admitted),
+    )
+
+
+def vouchered_usage(proof: Proof, *, contract: Contract) -> TokenUsage:
+    """What is believed of a provider whose gateway never reported its part."""
+    estimate = contract.terms.input_estimate
+    cached = min(proof.usage.cached_input, estimate)
+    return TokenUsage(
+        input=min(proof.usage.input, estimate - cached),
+        cached_input=cached,
+        output=min(proof.usage.output, vouchered_output(proof, contract=contract)),
+    )
+
+
+def _parts(job: Job) -> Iterator[_Part]:
+    """Every provider's part: those that the gateway reports, in its order, then other proofs."""
+    contract = job.contract
+    reports = job.delivery.message.segments if job.delivery else ()
+    for report in reports:
+        award = contract.award_of(report.provider)
+        if award is None:
+            continue  # nobody without a token is ever paid
+        signed = job.proofs.get(report.provider)
+        usage = smaller_count(report, signed.message if signed else None, contract=contract)
+        digest = signed.envelope.digest if signed else None
+        yield _Part(award, usage, report, digest, report.ttft_ms)
+    reported = {report.provider for report in reports}
+    for award in contract.awards:
+        signed = job.proofs.get(award.provider)
+        if signed is not None and award.provider not in reported:
+            usage = vouchered_usage(signed.message, contract=contract)
+            yield _Part(award, usage, signed.message, signed.envelope.digest, None)
+
+
+def _segment(contract: Contract, part: _Part, *, delivered: int, left: NanoX) -> ReceiptSegment:
+    award = part.award
+    usage = _limited(contract, part.usage, delivered=delivered)
+    due = cost(usage, award.prices, uplift_ppm=award.uplift_ppm) if usage.output else 0
+    return ReceiptSegment(
+        provider=award.provider,
+        model_digest=award.model_digest,
+        usage=usage,
+        prices=award.prices,
+        uplift_ppm=award.uplift_ppm,
+        amount=NanoX(min(due, left)),
+        outcome=part.said.outcome,
+        output_hash=part.said.output_hash,
+        ttft_ms=part.ttft_ms,
+        duration_ms=part.said.duration_ms,
+        proof=part.proof,
+    )
+
+
+def _limited(contract: Contract, usage: TokenUsage, *, delivered: int) -> TokenUsage:
+    """No more than the job allows; a resumed prompt holds what was delivered before it as well."""
+    most_prompt = contract.terms.input_limit + delivered
+    cached = min(usage.cached_input, most_prompt)
+    return TokenUsage(
+        input=min(usage.input, most_prompt - cached),
+        cached_input=cached,
+        output=min(usage.output, contract.terms.output_limit - delivered),
+    )
+
+
+def _share(segment: ReceiptSegment, fee_ppm: int) -> Share:
+    fee = min(segment.amount, segment.amount * fee_ppm // MILLION)
+    return Share(segment.provider, segment.amount, NanoX(fee))
+
+
+def _outcome(job: Job) -> Outcome:
+    if job.delivery is None:
+        return Outcome.ABANDONED
+    said = job.delivery.message.outcome
+    # A gateway that speaks has not abandoned the job, whatever it calls it.
+    return Outcome.FAILED if said is Outcome.ABANDONED else said
+
+
+def _output_hash(job: Job) -> Digest:
+    if job.delivery is not None:
+        return job.delivery.message.output_hash
+    hashes = [signed.message.output_hash for signed in job.proofs.values()]
+    return hashes[-1] if hashes else digest_of(b"")
