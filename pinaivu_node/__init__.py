@@ -1,1 +1,1 @@
-"""The daemon: provider and coordinator peers of the Pinaivu network, and the protocol they speak."""
+"""The daemon: provider and coordinator peers of the network, and the protocol they speak."""

@@ -58,6 +58,8 @@ class Devnet:
     """Its multiaddr."""
     processes: Mapping[str, Any]
     home: Path
+    commands: Mapping[str, list[str]]
+    """By process name; each starts that process again."""
 
     def as_json(self) -> dict[str, Any]:
         """What `devnet --json` prints."""
@@ -118,24 +120,27 @@ async def open_devnet(plan: DevnetPlan) -> AsyncIterator[Devnet]:
     """Start everything, wait until it answers, stop it all on leaving.  Raises DevnetError."""
     plan.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     children: list[_Child] = []
+
+    def start(name: str) -> None:
+        children.append(_Child(name, commands[name], plan.home / f"{name}.log"))
+
     try:
         address = _coordinator_address(plan.home / "coordinator")
         port = plan.port or _free_port()
         commands = _commands(plan, address, port)
         (plan.home / "commands.json").write_text(json.dumps(commands, indent=2))
-        gateway = commands.pop("gateway")
-        children += [
-            _Child(name, words, plan.home / f"{name}.log") for name, words in commands.items()
-        ]
+        for name in [each for each in commands if each != "gateway"]:
+            start(name)
         # Made before the gateway starts, so that two processes never migrate one database at once.
         api_key = await _api_key(plan.home)
-        children.append(_Child("gateway", gateway, plan.home / "gateway.log"))
+        start("gateway")
         network = Devnet(
             base_url=f"http://127.0.0.1:{port}/v1",
             api_key=api_key,
             coordinator=address,
             processes=_pids(children),
             home=plan.home,
+            commands=commands,
         )
         await _wait_until_ready(plan, network, children)
         yield network

@@ -1,0 +1,250 @@
+"""Commands that run a daemon, or talk to one that runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import trio
+import typer
+
+from pinaivu_node import config
+from pinaivu_node.cli import (
+    Home,
+    Json,
+    ModelsFolder,
+    app,
+    errors,
+    print_json,
+    screen,
+    show_mapping,
+)
+from pinaivu_node.config import DATA_FOLDER, CoordinatorSettings, ProviderSettings
+from pinaivu_node.identity import load_or_create_seed
+from pinaivu_node.logs import setup_logging
+
+if TYPE_CHECKING:
+    from pinaivu_node.devnet import Devnet, DevnetPlan
+
+Flag = Annotated[str | None, typer.Option(show_default=False)]
+
+
+@app.command(
+    epilog="Example: `pinaivu-node start --model smollm2:135m "
+    "--coordinator /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW…`"
+)
+def start(
+    *,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Catalogue name or folder; repeat for more.", show_default=False),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="The coordinator's multiaddr.", show_default=False)
+    ] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(help="Multiaddr to listen on.", show_default=False)
+    ] = None,
+    price_input: Annotated[
+        int | None, typer.Option(help="NanoX per million prompt tokens.", show_default=False)
+    ] = None,
+    price_cached_input: Annotated[
+        int | None, typer.Option(help="The same for warm ones.", show_default=False)
+    ] = None,
+    price_output: Annotated[
+        int | None, typer.Option(help="NanoX per million output tokens.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False)
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="torch runs the model here; openai sells a server at --engine-url.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_url: Annotated[
+        str | None,
+        typer.Option(help="For example http://127.0.0.1:8000/v1.", show_default=False),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the engine.", show_default=False)
+    ] = None,
+    home: Home = None,
+    models_folder: ModelsFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+) -> None:
+    """Serve models to the network and earn for it."""
+    from pinaivu_node.daemon import run_provider
+
+    settings = config.load(ProviderSettings, _flags(locals()), os.environ)
+    setup_logging(json=as_json)
+    trio.run(partial(run_provider, settings, live=screen.is_terminal and not as_json))
+
+
+@app.command(epilog="Example: `pinaivu-node coordinate --listen /ip4/0.0.0.0/tcp/4001`")
+def coordinate(
+    *,
+    listen: Annotated[
+        list[str] | None, typer.Option(help="Multiaddr to listen on.", show_default=False)
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="SQLAlchemy URL; default: SQLite in the home.", show_default=False),
+    ] = None,
+    welcome_credit: Annotated[
+        int | None,
+        typer.Option(help="NanoX granted once to each new gateway.", show_default=False),
+    ] = None,
+    home: Home = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+) -> None:
+    """Hold auctions, keep the ledger, write the receipts."""
+    from pinaivu_node.daemon import run_coordinator
+
+    settings = config.load(CoordinatorSettings, _flags(locals()), os.environ)
+    setup_logging(json=as_json)
+    trio.run(run_coordinator, settings)
+
+
+@app.command(epilog="Example: `pinaivu-node devnet --providers 3 --port 0 --json`")
+def devnet(
+    *,
+    providers: Annotated[int, typer.Option(min=1, max=16)] = 2,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8080,
+    model: Annotated[list[str] | None, typer.Option(show_default="smollm2:135m")] = None,
+    engine: Annotated[str, typer.Option(help="torch, or openai with --engine-url.")] = "torch",
+    engine_url: Flag = None,
+    home: Annotated[
+        Path, typer.Option(help="All state of the network; kept between runs.")
+    ] = DATA_FOLDER / "devnet",
+    models_folder: ModelsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """A whole network on this machine: one coordinator, a gateway, providers."""
+    from pinaivu_node.daemon import pull_missing
+    from pinaivu_node.devnet import DevnetPlan
+
+    plan = DevnetPlan(
+        home=home.absolute(),
+        models_folder=models_folder or DATA_FOLDER / "models",
+        models=tuple(model or ("smollm2:135m",)),
+        providers=providers,
+        port=port,
+        engine=engine,
+        engine_url=engine_url,
+    )
+    if engine == "torch":
+        pull_missing(plan.models_folder, plan.models, console=errors)
+    trio.run(partial(_run_devnet, plan, as_json=as_json))
+
+
+async def _run_devnet(plan: DevnetPlan, *, as_json: bool) -> None:
+    from pinaivu_node.devnet import open_devnet, stop_signals, watch
+
+    with trio.open_signal_receiver(*stop_signals()) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                async with open_devnet(plan) as network:
+                    if as_json:
+                        print_json(network.as_json())
+                    else:
+                        _show_devnet(network)
+                    async for name, pid in watch(network):
+                        errors.print(
+                            f"[yellow]{name} (pid {pid}) ended;[/] start it again with\n  "
+                            + shlex.join(network.commands[name]),
+                            soft_wrap=True,
+                        )
+                    await trio.sleep_forever()
+
+            nursery.start_soon(serve)
+            async for _ in signals:
+                break
+            nursery.cancel_scope.cancel()
+    errors.print("devnet: stopped")
+
+
+def _show_devnet(network: Devnet) -> None:
+    body = '{"model": "smollm2:135m", "messages": [{"role": "user", "content": "Hello!"}]}'
+    screen.print(f"[bold]gateway[/]      {network.base_url}")
+    screen.print(f"[bold]key[/]          {network.api_key}")
+    screen.print(f"[bold]coordinator[/]  {network.coordinator}", soft_wrap=True)
+    screen.print(f"[bold]state[/]        {network.home}\n")
+    screen.print(
+        f"curl {network.base_url}/chat/completions \\\n"
+        f"  -H 'Authorization: Bearer {network.api_key}' \\\n"
+        f"  -H 'Content-Type: application/json' \\\n  -d '{body}'\n",
+        soft_wrap=True,
+        markup=False,
+    )
+    screen.print("[dim]Ctrl-C stops it.")
+
+
+@app.command()
+def identity(
+    *,
+    home: Annotated[Path, typer.Option(help="Whose key.")] = DATA_FOLDER / "provider",
+    as_json: Json = False,
+) -> None:
+    """Print this peer's PeerID, making its key if there is none."""
+    from pinaivu_node.protocol.signing import Signer
+
+    peer = Signer(load_or_create_seed(home)).peer_id
+    if as_json:
+        print_json({"peer_id": peer, "key_file": str(home / "identity.key")})
+    else:
+        print(peer)  # noqa: T201
+
+
+def _daemon_command(command: str, explanation: str) -> None:
+    """Register a command that is answered by the running daemon of a home."""
+
+    def ask(
+        *,
+        home: Annotated[Path, typer.Option(help="Whose daemon.")] = DATA_FOLDER / "provider",
+        as_json: Json = False,
+    ) -> None:
+        from pinaivu_node import control
+
+        answer = control.ask(control.socket_path(home), command)
+        if as_json:
+            print_json(answer)
+        else:
+            show_mapping(answer)
+
+    ask.__doc__ = explanation
+    app.command(command)(ask)
+
+
+_daemon_command("status", "What the daemon of this home is doing.")
+_daemon_command("drain", "Take no new jobs; finish the running ones.")
+_daemon_command("resume", "Take jobs again.")
+
+
+@app.command(epilog="Example: `pinaivu-node deposit 12D3KooW… 5000000000 --home …`")
+def deposit(
+    peer: Annotated[str, typer.Argument(help="The gateway's PeerID.")],
+    amount: Annotated[int, typer.Argument(min=1, help="NanoX.")],
+    *,
+    home: Annotated[Path, typer.Option(help="The coordinator's home.")] = DATA_FOLDER
+    / "coordinator",
+    as_json: Json = False,
+) -> None:
+    """Credit a gateway's account at the coordinator of this home."""
+    from pinaivu_node import control
+
+    answer = control.ask(control.socket_path(home), "deposit", peer=peer, amount=amount)
+    if as_json:
+        print_json(answer)
+    else:
+        show_mapping(answer)
+
+
+def _flags(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in ("as_json", "config")}

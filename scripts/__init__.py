@@ -1,0 +1,1 @@
+"""Programs that a person runs; nothing in the packages imports them."""

@@ -1,0 +1,42 @@
+"""`scripts/bench`: one subcommand per subject, figures as a table or as one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.benchmarks import network
+
+
+def main() -> int:
+    """Measure and print; 1 if a figure misses its target."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    subject = subjects.add_parser("network", help=network.__doc__)
+    subject.add_argument("--json", action="store_true", help="print one JSON object")
+    subject.add_argument("--only", choices=network.PARTS, help="measure one part")
+    arguments = parser.parse_args()
+    figures = network.measure(only=arguments.only)
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        _show(figures)
+    return 0 if all(row["met"] is not False for row in figures["targets"]) else 1
+
+
+def _show(figures: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("figure", "measured", "target", "")
+    for row in figures["targets"]:
+        mark = {True: "[green]met", False: "[red]missed", None: ""}[row["met"]]
+        table.add_row(row["figure"], row["measured"], row["target"], mark)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
