@@ -133,9 +133,7 @@ class Mesh(Protocol):
         """Gossip `payload` to whoever subscribes to `topic`.  Best effort; never waits for it."""
         ...
 
-    def subscribe(
-        self, topic: Topic
-    ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+    def subscribe(self, topic: Topic) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
         """Receive what is published on `topic` by others while the context is open.
 
         The inbox is bounded: when its reader is slow the oldest message is dropped and counted.

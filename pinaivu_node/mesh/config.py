@@ -1,0 +1,42 @@
+"""Every knob of the mesh, frozen.  Durations are in seconds."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, PositiveFloat, PositiveInt
+
+
+class MeshConfig(BaseModel, frozen=True, extra="forbid"):
+    """How one peer takes part.  The defaults suit a provider; a coordinator or gateway is a hub."""
+
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    """Multiaddrs to listen on; none for a peer that only dials out."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of the ones listened on, for a peer behind NAT."""
+    hub: bool = False
+    """Whether everybody dials us.  A hub keeps a gossip degree above the number of its
+    neighbours: gossipsub prunes a star down to its degree and then loses most messages."""
+
+    max_connections: PositiveInt = 1024
+    """All connections together; each costs about 70 KiB and a file descriptor."""
+    max_half_open: PositiveInt = 128
+    """Handshakes under way; the oldest is dropped for the newest, so that a flood of silent
+    connections delays an honest peer, which needs 10 ms, but does not keep it out."""
+    max_streams_per_peer: PositiveInt = 128
+    """Inbound streams of one peer at once.  An honest peer keeps one per protocol; tests and
+    bursts stay under a hundred.  One more costs the peer its connections."""
+    max_held_per_peer: PositiveInt = 32 << 20
+    """Bytes of one peer that we hold for slow readers, half frames included."""
+    max_gossip_per_second: PositiveInt = 1000
+    """Gossip messages forwarded by one peer; more are dropped unread.  A hub that auctions 100
+    jobs a second to 10 models stays well under it."""
+
+    dial_timeout: PositiveFloat = 5.0
+    """TCP, Noise and Yamux take six round trips: 2 s between continents on a bad day."""
+    open_timeout: PositiveFloat = 5.0
+    """Opening a stream takes two round trips; a peer that cannot in this time is hung."""
+    ping_interval: PositiveFloat = 1.0
+    dead_after: PositiveFloat = 3.5
+    """A peer not heard for this long, though pinged, is gone: with the interval and the tick that
+    notices, a hung peer is dropped within 5 s."""
+    stall_limit: PositiveFloat = 10.0
+    """A peer that reads nothing for this long while we have frames for it is dropped."""

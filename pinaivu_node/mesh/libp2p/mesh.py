@@ -1,0 +1,417 @@
+"""The Mesh on py-libp2p: TCP, Noise, Yamux, gossipsub."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from pinaivu_node.mesh.address import split_address
+from pinaivu_node.mesh.backoff import Backoff
+from pinaivu_node.mesh.config import MeshConfig
+from pinaivu_node.mesh.counters import Counters
+from pinaivu_node.mesh.framing import check_frame_size
+from pinaivu_node.mesh.inbox import Inbox
+from pinaivu_node.mesh.libp2p import internals
+from pinaivu_node.mesh.libp2p.stream import Libp2pFrameStream
+from pinaivu_node.mesh.mesh import (
+    Delivery,
+    FrameStream,
+    Mesh,
+    MeshError,
+    MeshStatistics,
+    PeerEvent,
+    PeerUnreachable,
+    StreamHandler,
+)
+from pinaivu_node.mesh.peers import PeerBook
+from pinaivu_node.mesh.presence import Presence
+from pinaivu_node.mesh.promise import Promise
+from pinaivu_node.mesh.redial import Redialer
+from pinaivu_node.mesh.serving import serve_stream
+from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
+
+logger = logging.getLogger(__name__)
+
+_GOODBYE: Final = 1.0
+"""Seconds for a connection to close politely before its socket is closed under it."""
+
+
+@asynccontextmanager
+async def open_libp2p_mesh(config: MeshConfig, *, seed: bytes) -> AsyncIterator[Mesh]:
+    """A running mesh with the identity of this 32-byte Ed25519 seed, listening when it is yielded.
+
+    Raises MeshError if an address cannot be listened on.  Closes the mesh on leaving; what the
+    block raises comes out as it was raised.
+    """
+    internals.silence()
+    for address in config.listen:
+        _refuse_taken_port(address)
+    mesh = Libp2pMesh(config, seed)
+    failure: BaseException | None = None
+    async with mesh.running():
+        try:
+            yield mesh
+        except BaseException as exc:  # noqa: BLE001 - raised again below, outside the nurseries
+            failure = exc
+    if failure is not None:
+        raise failure
+
+
+def _refuse_taken_port(address: str) -> None:
+    """MeshError if somebody listens there: libp2p shares the port with it and says nothing."""
+    parts = address.split("/")
+    if len(parts) < 5 or parts[1] not in {"ip4", "ip6"} or parts[3] != "tcp":
+        raise MeshError(f"cannot listen on {address!r}: write it like /ip4/0.0.0.0/tcp/4001")
+    family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # With it a port in TIME_WAIT is free, and one that is listened on is still taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parts[2], int(parts[4])))
+            probe.listen(1)
+        except (OSError, OverflowError, ValueError) as exc:
+            taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+            reason = "the port is taken by another process" if taken else str(exc)
+            raise MeshError(f"cannot listen on {address}: {reason}") from exc
+
+
+class Libp2pMesh:
+    """See `Mesh`.  Made by `open_libp2p_mesh`."""
+
+    def __init__(self, config: MeshConfig, seed: bytes) -> None:
+        self._config = config
+        self._book = PeerBook(
+            max_held=config.max_held_per_peer, gossip_per_second=config.max_gossip_per_second
+        )
+        self._host = internals.make_host(seed, config, gate=self._admits)
+        self._swarm = self._host.get_network()
+        self._peer_id = PeerId(str(self._host.get_id()))
+        self._pubsub, self._router = internals.make_pubsub(self._host, config)
+        self._pubsub.deliver = self._deliver
+        self._pubsub.admits = self._admits_gossip
+        self._pubsub.fault = self.hang_up
+        self._presence = Presence()
+        self._counters = Counters()
+        self._connections: set[Any] = set()
+        self._streams: set[Libp2pFrameStream] = set()
+        self._inboxes: dict[Topic, set[Inbox]] = {}
+        self._subscribing = trio.Lock()
+        self._dials: dict[PeerId, Promise[PeerId]] = {}
+        self._closed = False
+        self._nursery: trio.Nursery
+        self._redialer: Redialer
+        self._swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
+        internals.guard_streams(self._host, self._serve_inbound)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run host, gossip and our own tasks while the block does; close on leaving."""
+        async with internals.run_host(self._host, self._pubsub, self._router, self._config.listen):
+            if self._config.listen and not self.addresses:
+                raise MeshError(f"cannot listen on {', '.join(self._config.listen)}")
+            async with trio.open_nursery() as self._nursery:
+                self._redialer = Redialer(
+                    self._nursery,
+                    self._presence,
+                    self.dial,
+                    random=random.random,
+                    backoff=Backoff(),
+                )
+                try:
+                    yield
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self.close()
+                    self._nursery.cancel_scope.cancel()
+
+    # --- who we are, and statistics ---------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> PeerId:
+        """See `Mesh.peer_id`."""
+        return self._peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """See `Mesh.addresses`."""
+        return tuple(str(address) for address in self._host.get_addrs())
+
+    def statistics(self) -> MeshStatistics:
+        """See `Mesh.statistics`."""
+        return self._counters.statistics(
+            connected_peers=len(self._presence), redials=self._redialer.redials
+        )
+
+    # --- gossip -----------------------------------------------------------------------------------
+
+    async def publish(self, topic: Topic, payload: bytes) -> None:
+        """See `Mesh.publish`."""
+        check_frame_size(payload)
+        self._counters.gossip_published += 1
+        await self._pubsub.publish(topic, payload)
+
+    @asynccontextmanager
+    async def subscribe(self, topic: Topic) -> AsyncIterator[AsyncIterator[Delivery]]:
+        """See `Mesh.subscribe`."""
+        inbox = Inbox()
+        async with self._subscribing:
+            self._inboxes.setdefault(topic, set()).add(inbox)
+            await self._pubsub.subscribe(topic)  # a second time it changes nothing
+        try:
+            yield inbox
+        finally:
+            with trio.CancelScope(shield=True):
+                async with self._subscribing:
+                    self._inboxes[topic].discard(inbox)
+                    if not self._inboxes[topic]:
+                        del self._inboxes[topic]
+                        if not self._closed:
+                            await self._pubsub.unsubscribe(topic)
+
+    def _deliver(self, message: Any) -> None:
+        publisher = internals.publisher_of(message)
+        if publisher == self._peer_id:
+            return
+        self._counters.gossip_received += 1
+        delivery = Delivery(publisher, bytes(message.data))
+        for topic in message.topicIDs:
+            for inbox in self._inboxes.get(topic, ()):
+                self._counters.gossip_dropped += inbox.deliver(delivery)
+
+    def _admits_gossip(self, peer: PeerId) -> bool:
+        if self._admits(peer) and self._book.admits_gossip(peer, now=trio.current_time()):
+            return True
+        self._counters.gossip_dropped += 1
+        return False
+
+    # --- streams ----------------------------------------------------------------------------------
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """See `Mesh.handle`."""
+
+        async def accept(libp2p_stream: Any) -> None:
+            stream = self._adopt(libp2p_stream)
+            self._nursery.start_soon(serve_stream, handler, stream, self)
+            await stream.closed.wait()
+
+        self._host.set_stream_handler(protocol, accept)
+
+    async def open(self, peer: PeerId, protocol: str) -> FrameStream:
+        """See `Mesh.open`."""
+        if peer in self._redialer and peer not in self._presence:
+            with trio.move_on_after(self._config.open_timeout):
+                await self._presence.wait_connected(peer)
+        if peer not in self._presence:
+            raise PeerUnreachable(f"{peer} is not connected")
+        promise = Promise[Libp2pFrameStream](abandon=Libp2pFrameStream.reset)
+        self._start(self._open, peer, protocol, promise)
+        return await promise.result()
+
+    async def _open(self, peer: PeerId, protocol: str, promise: Promise[Libp2pFrameStream]) -> None:
+        """In a task of its own, so that no caller's cancellation reaches libp2p."""
+        try:
+            with trio.fail_after(self._config.open_timeout):
+                stream = await internals.open_stream(self._host, peer, protocol)
+        except trio.TooSlowError:
+            self.hang_up(peer, f"it did not open a stream in {self._config.open_timeout:g} s")
+            promise.fail(PeerUnreachable(f"{peer} did not open {protocol} in time"))
+        except Exception as exc:  # noqa: BLE001 - libp2p raises anything here
+            promise.fail(PeerUnreachable(f"{peer} did not open {protocol}: {exc}"))
+        else:
+            promise.fulfil(self._adopt(stream))
+
+    def _adopt(self, libp2p_stream: Any) -> Libp2pFrameStream:
+        stream = Libp2pFrameStream(
+            libp2p_stream,
+            internals.peer_of(libp2p_stream),
+            counters=self._counters,
+            book=self._book,
+            stall_limit=self._config.stall_limit,
+            drop=self.hang_up,
+        )
+        self._streams.add(stream)
+        self._start(self._run_stream, stream)
+        return stream
+
+    async def _run_stream(self, stream: Libp2pFrameStream) -> None:
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+
+    async def _serve_inbound(
+        self, stream: Any, stock_handler: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Every inbound stream of every protocol passes here, and no exception gets out."""
+        peer = internals.peer_of(stream)
+        count = self._book.open_stream(peer)
+        try:
+            if count > self._config.max_streams_per_peer:
+                self.hang_up(peer, f"it opened more than {count - 1} streams at once")
+            elif self._admits(peer):
+                await stock_handler(stream)
+        except Exception as exc:  # noqa: BLE001 - the guard; whatever a peer can cause
+            if not internals.is_ordinary_end(exc):
+                self.hang_up(peer, f"a stream of it broke our handler: {exc!r}")
+        finally:
+            self._book.close_stream(peer)
+            await internals.dismiss(stream)
+
+    # --- peers ------------------------------------------------------------------------------------
+
+    async def dial(self, address: str) -> PeerId:
+        """See `Mesh.dial`."""
+        location, peer = split_address(address)
+        if not self._admits(peer):
+            raise PeerUnreachable(f"{peer} is banned, or we are closing")
+        if peer in self._presence:
+            await trio.lowlevel.checkpoint()
+            return peer
+        promise = self._dials.get(peer)
+        if promise is None:
+            promise = self._dials[peer] = Promise[PeerId]()
+            self._start(self._dial, location, peer, promise)
+        return await promise.result()
+
+    async def _dial(self, location: str, peer: PeerId, promise: Promise[PeerId]) -> None:
+        try:
+            internals.forget_failure(self._host, peer)
+            with trio.fail_after(self._config.dial_timeout):
+                await internals.dial(self._host, location, peer)
+        except trio.TooSlowError:
+            promise.fail(PeerUnreachable(f"{location} did not answer in time"))
+        except Exception as exc:  # noqa: BLE001 - libp2p raises anything here
+            promise.fail(PeerUnreachable(f"cannot reach {peer} at {location}: {_innermost(exc)}"))
+        else:
+            promise.fulfil(peer)
+        finally:
+            del self._dials[peer]
+
+    def keep(self, address: str) -> None:
+        """See `Mesh.keep`."""
+        self._redialer.keep(address)
+
+    def forget(self, peer: PeerId) -> None:
+        """See `Mesh.forget`."""
+        self._redialer.forget(peer)
+
+    def peers(self) -> frozenset[PeerId]:
+        """See `Mesh.peers`."""
+        return self._presence.peers()
+
+    def watch_peers(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:
+        """See `Mesh.watch_peers`."""
+        return self._presence.watch()
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """See `Mesh.disconnect`."""
+        for connection in self._connections_of(peer):
+            self._start(self._close_politely, connection)
+        await self._presence.wait_lost(peer)
+
+    def ban(self, peer: PeerId, *, duration: Milliseconds) -> None:
+        """See `Mesh.ban`."""
+        self._book.ban(peer, until=trio.current_time() + duration / 1000)
+        self._kill_connections(peer)
+
+    def _admits(self, peer: PeerId) -> bool:
+        return not self._closed and not self._book.is_banned(peer, now=trio.current_time())
+
+    def hang_up(self, peer: PeerId, reason: str) -> None:
+        """Cut off a peer that misbehaved, and say so once."""
+        if self._book.is_first_complaint(peer):
+            logger.warning("dropped %s: %s", peer, reason)
+        self._kill_connections(peer)
+
+    def _kill_connections(self, peer: PeerId) -> None:
+        connections = self._connections_of(peer)
+        self._counters.peers_dropped += bool(connections)
+        for connection in connections:
+            self._start(internals.kill_connection, connection)
+
+    def _connections_of(self, peer: PeerId) -> list[Any]:
+        return [known for known in self._connections if internals.peer_of(known) == peer]
+
+    async def _close_politely(self, connection: Any) -> None:
+        # Killed by another task: a close that hangs holds locks, and heeds no cancellation.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_kill_later, connection)
+            await internals.close_connection(connection)
+            nursery.cancel_scope.cancel()
+
+    def _on_connected(self, connection: Any) -> None:
+        self._connections.add(connection)
+        self._presence.connect(internals.peer_of(connection))
+
+    def _on_disconnected(self, connection: Any) -> None:
+        if connection in self._connections:  # a connection that was refused was never announced
+            peer = internals.peer_of(connection)
+            self._connections.discard(connection)
+            self._presence.disconnect(peer)
+            if peer not in self._presence:
+                self._book.forget_gossip(peer)
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """See `Mesh.close`."""
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        self._redialer.forget_all()
+        for stream in list(self._streams):
+            stream.reset()
+        async with trio.open_nursery() as nursery:
+            for connection in list(self._connections):
+                nursery.start_soon(self._close_politely, connection)
+        await self._host.close()
+
+    def _start(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        self._nursery.start_soon(function, *arguments)
+
+
+async def _kill_later(connection: Any) -> None:
+    await trio.sleep(_GOODBYE)
+    await internals.kill_connection(connection)
+
+
+def _innermost(exc: BaseException) -> BaseException:
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return exc
+
+
+class _Notifee:
+    """What the swarm tells; it must never wait, or it holds up the connection it tells of."""
+
+    def __init__(
+        self, connected: Callable[[Any], None], disconnected: Callable[[Any], None]
+    ) -> None:
+        self._connected = connected
+        self._disconnected = disconnected
+
+    async def connected(self, _network: Any, connection: Any) -> None:
+        self._connected(connection)
+
+    async def disconnected(self, _network: Any, connection: Any) -> None:
+        self._disconnected(connection)
+
+    async def opened_stream(self, _network: Any, _stream: Any) -> None:
+        """Nothing to us."""
+
+    async def closed_stream(self, _network: Any, _stream: Any) -> None:
+        """Nothing to us."""
+
+    async def listen(self, _network: Any, _address: Any) -> None:
+        """Nothing to us."""
+
+    async def listen_close(self, _network: Any, _address: Any) -> None:
+        """Nothing to us."""
