@@ -1,0 +1,330 @@
+"""The coordinator's books in SQL: each method is one transaction, done whole or not at all.
+
+Synchronous and used by one thread at a time; `store.py` is the door to it.  SQLite by default,
+PostgreSQL by URL, through the same statements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.pool import QueuePool
+
+from pinaivu_node.coordinator.ledger import Account, Entry, posted
+from pinaivu_node.coordinator.reputation import Average, Subject, Track
+from pinaivu_node.coordinator.schema import (
+    HEAD,
+    accounts,
+    bans,
+    bid_sets,
+    entries,
+    jobs,
+    measurements,
+    postings,
+    receipts,
+)
+from pinaivu_node.protocol.ids import Digest, NanoX, PeerId, RequestId, UnixMilliseconds
+
+T = TypeVar("T")
+
+
+class StoreError(Exception):
+    """The database failed; nothing of what was asked has happened."""
+
+
+class DuplicateJobError(Exception):
+    """A job with this request id was awarded before."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """An awarded job, and the entry that holds what it may cost."""
+
+    request_id: RequestId
+    gateway: PeerId
+    hold: NanoX
+    hold_entry: Entry
+    awarded_at: UnixMilliseconds
+    award: bytes
+    """The Award as it will be sent."""
+    bid_set: bytes
+    """The BidSetReply as it will be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """What a job that has no receipt yet is rebuilt from."""
+
+    hold: NanoX
+    awarded_at: UnixMilliseconds
+    award: bytes
+    bid_set: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What is written when a job ends."""
+
+    request_id: RequestId
+    entry: Entry
+    receipt_reply: Callable[[int], bytes]
+    """Signs the receipt, given the number of its ledger entry."""
+    tracks: Mapping[Subject, Track]
+    settled_at: UnixMilliseconds
+
+
+class Books:
+    """One connection pool of size one."""
+
+    def __init__(self, url: str) -> None:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        self.is_sqlite: Final = parsed.get_backend_name() == "sqlite"
+        self.engine: Final = sa.create_engine(
+            parsed,
+            poolclass=QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            pool_pre_ping=not self.is_sqlite,  # a restarted server is noticed before it matters
+        )
+        self._insert: Final[Callable[[sa.Table], Any]] = (
+            sqlite.insert if self.is_sqlite else postgresql.insert
+        )
+        if self.is_sqlite:
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_immediate)
+
+    def open(self) -> None:
+        """Bring the tables up to date."""
+        self.transact(_migrate)
+
+    def close(self) -> None:
+        """Let the database go."""
+        self.engine.dispose()
+
+    def transact(self, work: Callable[[sa.Connection], T]) -> T:
+        """Do `work` in one transaction; StoreError if the database fails."""
+        try:
+            with self.engine.begin() as connection:
+                return work(connection)
+        except sa.exc.SQLAlchemyError as exc:
+            raise StoreError(f"the database failed: {str(exc).splitlines()[0][:200]}") from exc
+
+    # --- the ledger ---------------------------------------------------------------------------
+
+    def post(self, connection: sa.Connection, entry: Entry, now: UnixMilliseconds) -> int | None:
+        """Post an entry; its number, or None if its key was posted before.
+
+        Raises OverdraftError, which rolls the transaction back.
+        """
+        added = connection.execute(
+            self._insert(entries)
+            .values(key=entry.key, posted_at=now)
+            .on_conflict_do_nothing(index_elements=["key"])
+            .returning(entries.c.id)
+        ).scalar_one_or_none()
+        if added is None or not entry.postings:
+            return added
+        touched = sorted(posting.account for posting in entry.postings)
+        rows = connection.execute(
+            sa.select(accounts.c.name, accounts.c.balance)
+            .where(accounts.c.name.in_(touched))
+            .order_by(accounts.c.name)
+            .with_for_update()
+        )
+        after = posted({row.name: row.balance for row in rows}, entry)
+        connection.execute(
+            sa.insert(postings),
+            [
+                {"entry_id": added, "account": posting.account, "amount": posting.amount}
+                for posting in entry.postings
+            ],
+        )
+        upsert = self._insert(accounts)
+        connection.execute(
+            upsert.on_conflict_do_update(
+                index_elements=["name"], set_={"balance": upsert.excluded.balance}
+            ),
+            [{"name": name, "balance": after[name]} for name in touched],
+        )
+        return int(added)
+
+    def balance(self, connection: sa.Connection, account: Account) -> int:
+        """What an account holds; zero if it was never posted to."""
+        found = connection.execute(
+            sa.select(accounts.c.balance).where(accounts.c.name == account)
+        ).scalar_one_or_none()
+        return int(found or 0)
+
+    def balances(self, connection: sa.Connection) -> dict[Account, int]:
+        """Every account that is not empty."""
+        rows = connection.execute(sa.select(accounts).where(accounts.c.balance != 0))
+        return {Account(row.name): row.balance for row in rows}
+
+    # --- jobs ---------------------------------------------------------------------------------
+
+    def is_known(self, connection: sa.Connection, request_id: RequestId) -> bool:
+        """Whether a job with this id was ever awarded."""
+        found = connection.execute(sa.select(jobs.c.hold).where(jobs.c.request_id == request_id))
+        return found.first() is not None
+
+    def add_job(self, connection: sa.Connection, job: NewJob) -> None:
+        """Hold what the job may cost, and keep its award and bid set.
+
+        Raises OverdraftError, DuplicateJobError.
+        """
+        added = connection.execute(
+            self._insert(jobs)
+            .values(
+                request_id=job.request_id,
+                gateway=job.gateway,
+                hold=job.hold,
+                awarded_at=job.awarded_at,
+                award=job.award,
+            )
+            .on_conflict_do_nothing(index_elements=["request_id"])
+        )
+        if not added.rowcount:
+            raise DuplicateJobError(job.request_id)
+        self.post(connection, job.hold_entry, job.awarded_at)
+        connection.execute(sa.insert(bid_sets).values(request_id=job.request_id, reply=job.bid_set))
+
+    def settle(self, connection: sa.Connection, settlement: Settlement) -> bytes:
+        """Capture, release, write the receipt and what was measured; the ReceiptReply.
+
+        A job that has a receipt keeps it, and nothing else happens.
+        """
+        known = self.receipt_reply(connection, settlement.request_id)
+        if known is not None:
+            return known
+        entry = self.post(connection, settlement.entry, settlement.settled_at)
+        if entry is None:
+            raise StoreError(f"{settlement.entry.key} is posted but has no receipt")
+        reply = settlement.receipt_reply(entry)
+        connection.execute(
+            sa.insert(receipts).values(
+                request_id=settlement.request_id, entry_id=entry, reply=reply
+            )
+        )
+        connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.request_id == settlement.request_id)
+            .values(settled_at=settlement.settled_at)
+        )
+        self._keep_tracks(connection, settlement.tracks)
+        return reply
+
+    def open_jobs(self, connection: sa.Connection) -> list[StoredJob]:
+        """Every job that has no receipt yet."""
+        rows = connection.execute(
+            sa.select(jobs.c.hold, jobs.c.awarded_at, jobs.c.award, bid_sets.c.reply)
+            .join(bid_sets, bid_sets.c.request_id == jobs.c.request_id)
+            .where(jobs.c.settled_at.is_(None))
+            .order_by(jobs.c.request_id)
+        )
+        return [StoredJob(row.hold, row.awarded_at, row.award, row.reply) for row in rows]
+
+    def receipt_reply(self, connection: sa.Connection, request_id: RequestId) -> bytes | None:
+        """The encoded ReceiptReply; None while there is none."""
+        query = sa.select(receipts.c.reply).where(receipts.c.request_id == request_id)
+        return connection.execute(query).scalar_one_or_none()
+
+    def bid_set(self, connection: sa.Connection, request_id: RequestId) -> bytes | None:
+        """The encoded BidSetReply; None before the award."""
+        query = sa.select(bid_sets.c.reply).where(bid_sets.c.request_id == request_id)
+        return connection.execute(query).scalar_one_or_none()
+
+    # --- providers ----------------------------------------------------------------------------
+
+    def tracks(self, connection: sa.Connection) -> list[tuple[Subject, Track]]:
+        """Everything that was measured."""
+        return [_track(row) for row in connection.execute(sa.select(measurements))]
+
+    def bans(self, connection: sa.Connection, now: UnixMilliseconds) -> dict[PeerId, int]:
+        """Who is banned, until when."""
+        rows = connection.execute(sa.select(bans).where(bans.c.until > now))
+        return {PeerId(row.peer): row.until for row in rows}
+
+    def ban(self, connection: sa.Connection, peer: PeerId, until: int, reason: str) -> None:
+        """Keep that a peer is banned; a later ban replaces an earlier one."""
+        values = {"until": until, "reason": reason}
+        connection.execute(
+            self._insert(bans)
+            .values(peer=peer, **values)
+            .on_conflict_do_update(index_elements=["peer"], set_=values)
+        )
+
+    def _keep_tracks(self, connection: sa.Connection, tracks: Mapping[Subject, Track]) -> None:
+        if not tracks:
+            return
+        upsert = self._insert(measurements)
+        columns = [column.name for column in measurements.columns if not column.primary_key]
+        connection.execute(
+            upsert.on_conflict_do_update(
+                index_elements=["provider", "model_digest"],
+                set_={name: upsert.excluded[name] for name in columns},
+            ),
+            [_row(subject, track) for subject, track in sorted(tracks.items())],
+        )
+
+
+def _row(subject: Subject, track: Track) -> dict[str, Any]:
+    return {
+        "provider": subject.provider,
+        "model_digest": subject.model_digest,
+        "ttft_mean": track.ttft_ms.mean,
+        "ttft_weight": track.ttft_ms.weight,
+        "speed_mean": track.millitokens_per_second.mean,
+        "speed_weight": track.millitokens_per_second.weight,
+        "reliability_mean": track.reliability_ppm.mean,
+        "reliability_weight": track.reliability_ppm.weight,
+        "updated_at": track.updated_at,
+    }
+
+
+def _track(row: sa.Row[Any]) -> tuple[Subject, Track]:
+    track = Track(
+        ttft_ms=Average(row.ttft_mean, row.ttft_weight),
+        millitokens_per_second=Average(row.speed_mean, row.speed_weight),
+        reliability_ppm=Average(row.reliability_mean, row.reliability_weight),
+        updated_at=UnixMilliseconds(row.updated_at),
+    )
+    return Subject(PeerId(row.provider), Digest(row.model_digest)), track
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    del record
+    connection.isolation_level = None  # we say BEGIN ourselves, and IMMEDIATE
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",  # a receipt that was sent survives a power cut
+        "foreign_keys=ON",
+        "busy_timeout=5000",  # an operator's shell may be reading
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: sa.Connection) -> None:
+    # A deferred BEGIN would take the write lock at the first write and could fail halfway.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    if sa.inspect(connection).has_table("alembic_version"):
+        version = connection.execute(sa.text("SELECT version_num FROM alembic_version"))
+        if version.scalar_one_or_none() == HEAD:
+            return
+    # Only here: loading alembic takes longer than opening a database that is up to date.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "pinaivu_node.coordinator:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

@@ -1,0 +1,1 @@
+"""How the coordinator's database came to be what it is, one numbered step at a time."""
