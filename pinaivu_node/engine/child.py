@@ -161,6 +161,9 @@ def _write(target: int, frame: Frame) -> None:
 
 def _loaded(config: EngineConfig, say: Callable[[Frame], None]) -> TorchModel | None:
     """The model, warm; None after the reason was said."""
+    if not (config.model / "config.json").is_file():
+        say(LoadFailed(f"{config.model} holds no model (no config.json): pull it again"))
+        return None
     from pinaivu_node.engine.torch_model import LoadError, TorchModel
 
     try:

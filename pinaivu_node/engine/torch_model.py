@@ -64,8 +64,6 @@ class TorchModel:
     @classmethod
     def load(cls, config: EngineConfig) -> TorchModel:
         """The model in this folder, on the device; LoadError if it cannot be."""
-        if not (config.model / "config.json").is_file():
-            raise LoadError(f"{config.model} holds no model (no config.json); pull it again")
         device = _device(config.device)
         if device.type == "cpu":
             # One core is left for the event loops around: a step loop whose threads wait for a
