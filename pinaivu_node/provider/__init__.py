@@ -1,0 +1,1 @@
+"""The seller: bids on jobs, runs them on its engines, streams tokens, signs what it did."""

@@ -1,0 +1,291 @@
+"""The provider's one place of record: what is for sale, what runs, what was earned.
+
+The market's side and the gateways' side both work on it; nothing here awaits, so every method is
+one step that no other task can come between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import trio
+
+from pinaivu_node.engine.types import GenerationRequest
+from pinaivu_node.protocol.ids import (
+    Milliseconds,
+    ModelName,
+    NanoX,
+    PeerId,
+    RequestId,
+    UnixMilliseconds,
+)
+from pinaivu_node.protocol.inference import Dispatch, Done, Refuse, RefuseReason
+from pinaivu_node.protocol.market import (
+    Announce,
+    Bid,
+    DispatchToken,
+    JobOffer,
+    ModelLoad,
+    Pass,
+    Welcome,
+)
+from pinaivu_node.protocol.receipt import Receipt
+from pinaivu_node.protocol.signing import Signer
+from pinaivu_node.provider.bidding import Seller, answer_offer
+from pinaivu_node.provider.config import ProviderConfig
+from pinaivu_node.provider.dispatch import Doorkeeper, check_dispatch_untrusted, refusal
+from pinaivu_node.provider.jobs import Ending, Job, generation_of
+from pinaivu_node.provider.proofs import ProofSpool, UnpaidProofs
+from pinaivu_node.provider.seen import SeenRequests
+from pinaivu_node.provider.shelf import ServedModel, Stock, ready_offers, stock_of
+from pinaivu_node.provider.statistics import (
+    FinishedJob,
+    ModelStatistics,
+    ProviderStatistics,
+    RunningJob,
+    Tally,
+)
+
+Clock = Callable[[], UnixMilliseconds]
+
+_REMEMBERED: Final = 65_536
+"""Offers answered and tokens used: ten seconds of six thousand a second, and some 10 MB."""
+
+
+class Shop:
+    """State of one provider; see the module."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        coordinator: PeerId,
+        served: Mapping[ModelName, ServedModel],
+        config: ProviderConfig,
+        *,
+        clock: Clock,
+    ) -> None:
+        self.me = signer.peer_id
+        self.coordinator = coordinator
+        self.config = config
+        self.served = served
+        spool = None if config.proofs_folder is None else ProofSpool(config.proofs_folder)
+        self.proofs = UnpaidProofs(spool, capacity=config.max_proofs)
+        self.tally = Tally()
+        self.draining = False
+        self.connected = False
+        self.gateways = 0
+        """Inference streams open; counted by whoever serves them."""
+        self.news = trio.Event()
+        """Set when the coordinator should hear of us before the next heartbeat; see `hear_news`."""
+        self._signer = signer
+        self._clock = clock
+        self._welcome: Welcome | None = None
+        self._ahead_ms = 0
+        """How far the coordinator's clock is ahead of ours."""
+        self._first_issue: UnixMilliseconds | None = None
+        self._jobs: dict[RequestId, Job] = {}
+        self._running: dict[ModelName, int] = dict.fromkeys(served, 0)
+        self._answered = SeenRequests(_REMEMBERED)
+        self._used = SeenRequests(_REMEMBERED)
+
+    def now(self) -> UnixMilliseconds:
+        """The time on the coordinator's clock, on which every deadline is read."""
+        return UnixMilliseconds(self._clock() + self._ahead_ms)
+
+    # --- towards the coordinator ------------------------------------------------------------------
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """A session with the coordinator is up; this is its clock and its policy."""
+        self._welcome = welcome
+        self._ahead_ms = welcome.now - self._clock()
+        # The earliest counts: should the coordinator's clock be set back, its new tokens are not
+        # to be taken for those of an earlier life of ours.
+        self._first_issue = min(self._first_issue or welcome.now, welcome.now)
+        self.connected = True
+        self.proofs.start_over()
+
+    def announcement(self) -> Announce:
+        """What we sell now."""
+        return Announce(models=ready_offers(self._stock()), draining=self.draining)
+
+    def loads(self) -> tuple[ModelLoad, ...]:
+        """How busy each announced model is; what waits in an engine is not running."""
+        return tuple(
+            ModelLoad(
+                model=model,
+                running=min(stock.running, stock.offer.capacity),
+                queued=max(0, -stock.free),
+            )
+            for model, stock in sorted(self._stock().items())
+            if stock.ready
+        )
+
+    def answer(self, offer: JobOffer) -> Bid | Pass | None:
+        """What to say to a verified offer; it is counted, and will not be answered twice."""
+        self.tally.offers += 1
+        now = self.now()
+        seller = Seller(
+            me=self.me,
+            stock=self._stock(),
+            draining=self.draining,
+            price_ceiling=None if self._welcome is None else self._welcome.policy.price_ceiling,
+            answered=self._answered,
+            bid_validity=self.config.bid_validity_ms,
+        )
+        answer = answer_offer(offer, seller, now=now)
+        request_id = offer.terms.request_id
+        if answer is None or not self._answered.add(request_id, until=offer.closes_at, now=now):
+            return None
+        if isinstance(answer, Bid):
+            self.tally.bids += 1
+        else:
+            self.tally.passes[answer.reason] += 1
+        return answer
+
+    def receipted(self, receipt: Receipt) -> None:
+        """A verified receipt: the proof has done its work."""
+        if not self.proofs.settle(receipt.request_id):
+            return  # repeated, or about a job that we know nothing of
+        mine = sum(each.amount for each in receipt.segments if each.provider == self.me)
+        # The fee is kept in the same proportion from every segment.
+        fee = receipt.fee * mine // receipt.amount if receipt.amount else 0
+        self.tally.earn(receipt.request_id, NanoX(mine - fee))
+
+    async def hear_news(self, timeout: float) -> None:
+        """Wait until there is something that the coordinator should know, or the time is over."""
+        with trio.move_on_after(timeout):
+            await self.news.wait()
+        self.news = trio.Event()
+
+    def drain(self, *, draining: bool) -> None:
+        """Take no new jobs, or take them again; what runs goes on."""
+        self.draining = draining
+        self.news.set()
+
+    # --- towards gateways -------------------------------------------------------------------------
+
+    def admit_untrusted(self, dispatch: Dispatch, *, sender: PeerId, jobs: int) -> Job | Refuse:
+        """Open the account of a job, or say why not; `jobs` are what this gateway has running."""
+        now = self.now()
+        door = Doorkeeper(
+            me=self.me,
+            coordinator=self.coordinator,
+            stock=self._stock(),
+            used=self._used,
+            # Before the first Welcome we have bid on nothing, so no token can be meant for us.
+            first_issue=self._first_issue or UnixMilliseconds(now + 1),
+            max_queued=self.config.max_queued,
+            max_prompt_characters=self.config.max_prompt_characters,
+            places_of_gateway=self.config.max_jobs_per_gateway - jobs,
+            draining=self.draining,
+        )
+        token = check_dispatch_untrusted(dispatch, door, sender=sender, now=now)
+        if isinstance(token, DispatchToken) and not self._used.add(
+            token.request_id, until=token.expires_at, now=now
+        ):
+            token = refusal(token.request_id, RefuseReason.FULL, "too many tokens to remember")
+        if isinstance(token, Refuse):
+            self.tally.refusals[token.reason] += 1
+            return token
+        job = Job(dispatch, token, now=trio.current_time())
+        self._jobs[token.request_id] = job
+        self._running[token.model] += 1
+        return job
+
+    def generation(self, job: Job, dispatch: Dispatch) -> GenerationRequest:
+        """What the job's engine is to do."""
+        return generation_of(dispatch, deadline_ms=self.time_left(job))
+
+    def time_left(self, job: Job) -> Milliseconds:
+        """Until nobody works on this job any more."""
+        return Milliseconds(max(0, job.token.deadline - self.now()))
+
+    def accepted(self) -> None:
+        """The engine has taken a job: it will end with a proof."""
+        self.tally.won += 1
+
+    def leave_engine(self, job: Job) -> None:
+        """The job's place in the engine is free again."""
+        model = job.token.model
+        was_full = self._running[model] >= self.served[model].engine.statistics().capacity
+        self._running[model] -= 1
+        if was_full:
+            # The auction would not wait for the bid of one that it takes for full.
+            self.news.set()
+
+    def turned_away(self, job: Job, reason: RefuseReason, explanation: str) -> Refuse:
+        """The engine would not take the job after all: close its account, unsigned."""
+        del self._jobs[job.request_id]
+        self.tally.refusals[reason] += 1
+        return refusal(job.request_id, reason, explanation)
+
+    def seal(self, job: Job, ending: Ending) -> Done:
+        """Close a job's account: sign the proof, see that it gets paid, and make the last word."""
+        del self._jobs[job.request_id]
+        proof = job.proof(ending, me=self.me, now=trio.current_time())
+        envelope = self._signer.seal(proof)
+        self.proofs.add(job.request_id, envelope)
+        self.tally.finish(
+            FinishedJob(job.request_id, job.token.model, proof.usage.output, ending.finish)
+        )
+        return Done(
+            request_id=job.request_id,
+            finish=ending.finish,
+            proof=envelope,
+            explanation=ending.explanation[:300],
+        )
+
+    # --- for whoever looks ------------------------------------------------------------------------
+
+    def statistics(self) -> ProviderStatistics:
+        """A snapshot, at once."""
+        tally, now = self.tally, trio.current_time()
+        return ProviderStatistics(
+            peer_id=self.me,
+            coordinator=self.coordinator,
+            connected=self.connected,
+            draining=self.draining,
+            models=tuple(self._model_statistics(model) for model in sorted(self.served)),
+            running=tuple(_running_job(job, now=now) for job in self._jobs.values()),
+            last_jobs=tuple(reversed(tally.last_jobs.values())),
+            offers=tally.offers,
+            bids=tally.bids,
+            won=tally.won,
+            finished=tally.finished,
+            passes=dict(tally.passes),
+            refusals=dict(tally.refusals),
+            rejected_messages=tally.rejected_messages,
+            tokens_served=tally.tokens_of_finished
+            + sum(job.output_tokens for job in self._jobs.values()),
+            earnings=NanoX(tally.earnings),
+            unpaid_proofs=len(self.proofs),
+            gateways=self.gateways,
+        )
+
+    def _model_statistics(self, model: ModelName) -> ModelStatistics:
+        engine = self.served[model].engine.statistics()
+        return ModelStatistics(
+            model=model,
+            ready=engine.ready,
+            running=self._running[model],
+            capacity=engine.capacity,
+            device=engine.device,
+            tokens_per_second=engine.tokens_per_second,
+        )
+
+    def _stock(self) -> dict[ModelName, Stock]:
+        return {
+            model: stock_of(served, running=self._running[model])
+            for model, served in self.served.items()
+        }
+
+
+def _running_job(job: Job, *, now: float) -> RunningJob:
+    return RunningJob(
+        request_id=job.request_id,
+        model=job.token.model,
+        gateway=job.token.gateway,
+        tokens=job.output_tokens,
+        tokens_per_second=job.speed(now=now),
+    )
