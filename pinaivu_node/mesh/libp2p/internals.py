@@ -51,6 +51,7 @@ with warnings.catch_warnings():
     from libp2p.network.connection.raw_connection import RawConnection
     from libp2p.peer.id import ID
     from libp2p.pubsub.gossipsub import GossipSub
+    from libp2p.pubsub.pb import rpc_pb2
     from libp2p.pubsub.pubsub import Pubsub
     from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
     from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -78,6 +79,9 @@ _WRITE_LIMIT: Final = 10.0
 """Seconds for at most 64 KiB to leave; a link slower than 50 kbit/s cannot carry tokens anyway."""
 _MAX_BUFFERED: Final = 32 << 20
 """Unread bytes of one connection over all its streams: 128 full windows."""
+
+_MAX_COMPLAINTS: Final = 1024
+"""Origins of failed handshakes remembered, so that each is logged once."""
 
 PeerGate = Callable[[PeerId], bool]
 Fault = Callable[[PeerId, str], None]
@@ -126,6 +130,7 @@ class _Yamux(Yamux):  # type: ignore[misc] # untyped base
 
     ping_interval: float
     dead_after: float
+    fault: Fault
     _heard_at: float = math.inf
 
     async def start(self) -> None:
@@ -145,13 +150,14 @@ class _Yamux(Yamux):  # type: ignore[misc] # untyped base
             with trio.CancelScope(deadline=deadline, shield=True) as scope:
                 await self.secured_conn.write(data)
             if scope.cancelled_caught:
+                self.fault(PeerId(str(self.peer_id)), "its connection takes no more bytes")
                 await self.secured_conn.close()
 
     async def _read_data_body(self, length: int) -> bytes:
         self._heard_at = trio.current_time()
         if sum(map(len, self.stream_buffers.values())) + length > _MAX_BUFFERED:
-            # The one error upon which the stock reader closes the connection.
-            raise trio.TooSlowError
+            self.fault(PeerId(str(self.peer_id)), "it ignores flow control")
+            raise trio.TooSlowError  # the one error upon which the stock reader ends the connection
         body: bytes = await super()._read_data_body(length)
         return body
 
@@ -188,12 +194,14 @@ class _Muxer(MuxerMultistream):  # type: ignore[misc] # untyped base
 
     ping_interval: float
     dead_after: float
+    fault: Fault
 
     async def new_conn(self, conn: Any, peer_id: Any) -> Any:
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         muxed = _Yamux(conn, peer_id, is_initiator=conn.is_initiator, on_close=_nothing)
         muxed.ping_interval = self.ping_interval
         muxed.dead_after = self.dead_after
+        muxed.fault = self.fault
         return self._annotate_connection(muxed, conn, protocol)
 
 
@@ -211,7 +219,9 @@ async def _release_half_windows(stream: Any, *, bytes_read: int = 0) -> None:
         await stream.send_window_update(released)
 
 
-def _transport_options(key_pair: Any, config: MeshConfig, gate: PeerGate) -> tuple[Any, Any]:
+def _transport_options(
+    key_pair: Any, config: MeshConfig, *, gate: PeerGate, fault: Fault
+) -> tuple[Any, Any]:
     """The only security and the only muxer there are.
 
     Our own Noise session and Yamux, same bytes on the wire, take the place of the two classes
@@ -221,6 +231,7 @@ def _transport_options(key_pair: Any, config: MeshConfig, gate: PeerGate) -> tup
     noise.gate = gate
     muxer = _Muxer({YAMUX: _Yamux}, negotiate_timeout=int(config.dial_timeout))
     muxer.ping_interval, muxer.dead_after = config.ping_interval, config.dead_after
+    muxer.fault = fault
     return {NOISE: noise}, muxer
 
 
@@ -234,11 +245,19 @@ class _InboundGate:
         self._swarm = swarm
         self._max_half_open = max_half_open
         self._half_open: dict[trio.CancelScope, None] = {}
+        self._complained: dict[str, None] = {}
 
     async def handle(self, read_write_closer: Any, maddr: Any) -> None:
         """Serve one accepted socket until its connection is closed."""
         raw = RawConnection(read_write_closer, False)  # noqa: FBT003 - libp2p's signature
-        muxed = None
+        muxed = await self._shake_hands(raw, maddr)
+        if muxed is None:
+            await raw.close()
+        else:
+            await muxed.event_closed.wait()
+
+    async def _shake_hands(self, raw: Any, maddr: Any) -> Any:
+        origin = (raw.get_remote_address() or ("?",))[0]
         with trio.CancelScope() as scope:
             self._half_open[scope] = None
             if len(self._half_open) > self._max_half_open:
@@ -246,13 +265,23 @@ class _InboundGate:
                 del self._half_open[oldest]
                 oldest.cancel()
             try:
-                muxed = await self._swarm.upgrade_inbound_raw_conn(raw, maddr)
+                return await self._swarm.upgrade_inbound_raw_conn(raw, maddr)
+            except Refused:
+                return None
+            except Exception as exc:  # noqa: BLE001 - whatever a handshake can do to us
+                self._complain(origin, f"{exc}")
+                return None
             finally:
                 self._half_open.pop(scope, None)
-        if muxed is None:
-            await raw.close()
-        else:
-            await muxed.event_closed.wait()
+        self._complain(origin, f"more than {self._max_half_open} handshakes at once")
+        return None
+
+    def _complain(self, origin: str, reason: str) -> None:
+        if origin not in self._complained:
+            logger.warning("dropped a connection from %s, the first of its kind: %s", origin, reason)
+            self._complained[origin] = None
+            if len(self._complained) > _MAX_COMPLAINTS:
+                del self._complained[next(iter(self._complained))]
 
 
 class _NoAutoConnector(auto_connector_module.AutoConnector):  # type: ignore[misc] # untyped base
@@ -268,12 +297,16 @@ class _NoAutoConnector(auto_connector_module.AutoConnector):  # type: ignore[mis
         """Nothing to remember, and the stock memory is only cleared while dialling."""
 
 
-def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate) -> Any:
-    """A host with the identity of this 32-byte seed; not yet running."""
+def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) -> Any:
+    """A host with the identity of this 32-byte seed; not yet running.
+
+    `gate` says whether a peer that has proven its identity may connect; `fault` is told of peers
+    that break the transport, and cuts them off.
+    """
     swarm_module._HAPPY_EYEBALLS_DELAY = 0.0  # noqa: SLF001
     YamuxStream._auto_tune_and_send_window_update = _release_half_windows  # noqa: SLF001
     key_pair = create_new_key_pair(seed=seed)
-    security, muxer = _transport_options(key_pair, config, gate)
+    security, muxer = _transport_options(key_pair, config, gate=gate, fault=fault)
     host = new_host(
         key_pair=key_pair,
         sec_opt=security,

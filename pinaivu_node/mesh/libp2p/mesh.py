@@ -90,7 +90,7 @@ class Libp2pMesh:
         self._book = PeerBook(
             max_held=config.max_held_per_peer, gossip_per_second=config.max_gossip_per_second
         )
-        self._host = internals.make_host(seed, config, gate=self._admits)
+        self._host = internals.make_host(seed, config, gate=self._admits, fault=self.hang_up)
         self._swarm = self._host.get_network()
         self._peer_id = PeerId(str(self._host.get_id()))
         self._pubsub, self._router = internals.make_pubsub(self._host, config)
