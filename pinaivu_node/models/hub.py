@@ -121,7 +121,7 @@ class Hub:
             resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
             done = have if resumed else 0
             with partial.open("ab" if resumed else "wb") as out:
-                # As it comes: a chunk size would keep back, and lose, what a broken connection sent.
+                # As it comes: a chunk size would hold back, and lose, what came before a break.
                 for chunk in response.iter_bytes():
                     done += len(chunk)
                     if done > file.size:
