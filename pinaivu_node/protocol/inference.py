@@ -60,9 +60,11 @@ class Prompt(Record):
 
     nonce: Annotated[bytes, Field(min_length=16, max_length=16)]
     """Random, so that the commitment to a short prompt cannot be guessed."""
-    turns: Annotated[tuple[ChatTurn, ...], Field(max_length=4096)] | None = None
+    turns: Annotated[tuple[ChatTurn, ...], Field(fail_fast=True, max_length=4096)] | None = None
     text: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
-    token_ids: Annotated[tuple[TokenId, ...], Field(max_length=1 << 17)] | None = None
+    token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=1 << 17)] | None = (
+        None
+    )
 
     @property
     def commitment(self) -> Digest:
@@ -82,9 +84,12 @@ class Sampling(Record):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     logit_bias: Annotated[
-        tuple[tuple[TokenId, Annotated[float, Field(ge=-100, le=100)]], ...], Field(max_length=1024)
+        tuple[tuple[TokenId, Annotated[float, Field(ge=-100, le=100)]], ...],
+        Field(fail_fast=True, max_length=1024),
     ] = ()
-    stop: Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=16)] = ()
+    stop: Annotated[
+        tuple[Annotated[str, Field(max_length=1024)], ...], Field(fail_fast=True, max_length=16)
+    ] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     ignore_eos: bool = False
 
@@ -101,11 +106,13 @@ class Dispatch(Message, kind="dispatch/1"):
     token: Envelope
     prompt: Prompt
     sampling: Sampling
-    resume_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=1 << 17)] = ()
+    resume_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=1 << 17)] = ()
     """Already delivered by another provider; go on after them."""
     tenant: Annotated[bytes, Field(max_length=32)] = b""
     """Salts the prefix cache: one customer cannot time another's prompts."""
-    fingerprints: Annotated[tuple[Fingerprint, ...], Field(max_length=MAX_FINGERPRINTS)] = ()
+    fingerprints: Annotated[
+        tuple[Fingerprint, ...], Field(fail_fast=True, max_length=MAX_FINGERPRINTS)
+    ] = ()
 
 
 class Accept(Message, kind="accept/1"):
@@ -128,14 +135,14 @@ class TokenDelta(Record):
     request_id: RequestIdField
     position: TokenCount
     """Output tokens before these."""
-    token_ids: Annotated[tuple[TokenId, ...], Field(max_length=4096)]
+    token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=4096)]
     text: Annotated[str, Field(max_length=65536)]
 
 
 class Tokens(Message, kind="tokens/1"):
     """All tokens of one engine step for one gateway: frames, not bytes, are what costs."""
 
-    deltas: Annotated[tuple[TokenDelta, ...], Field(min_length=1, max_length=4096)]
+    deltas: Annotated[tuple[TokenDelta, ...], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
 class Done(Message, kind="done/1"):

@@ -41,7 +41,7 @@ MAX_FINGERPRINTS: Final = 256
 """Turns of a conversation that are fingerprinted; older ones lie under the newest anyway."""
 
 Multiaddress = Annotated[str, Field(max_length=256)]
-Multiaddresses = Annotated[tuple[Multiaddress, ...], Field(max_length=8)]
+Multiaddresses = Annotated[tuple[Multiaddress, ...], Field(fail_fast=True, max_length=8)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Fingerprint = Annotated[bytes, Field(min_length=16, max_length=16)]
 Hash32 = Annotated[bytes, Field(min_length=32, max_length=32)]
@@ -180,7 +180,7 @@ class ModelOffer(Record):
     capacity: Count
     """Generations it runs at once."""
     prices: PriceList
-    kinds: Annotated[tuple[JobKindField, ...], Field(min_length=1, max_length=8)]
+    kinds: Annotated[tuple[JobKindField, ...], Field(fail_fast=True, min_length=1, max_length=8)]
     licence: Annotated[str, Field(max_length=64)]
     owner: Annotated[str, Field(max_length=64)]
 
@@ -188,7 +188,7 @@ class ModelOffer(Record):
 class Announce(Message, kind="announce/1"):
     """What a provider serves; replaces what it announced before."""
 
-    models: Annotated[tuple[ModelOffer, ...], Field(max_length=MAX_MODELS)]
+    models: Annotated[tuple[ModelOffer, ...], Field(fail_fast=True, max_length=MAX_MODELS)]
     draining: bool = False
 
 
@@ -204,7 +204,7 @@ class Heartbeat(Message, kind="heartbeat/1"):
     """Both ways, every `heartbeat_ms`; three missed and the peer is taken for gone."""
 
     sequence: Annotated[int, Field(ge=0, le=MAX_SAFE_INTEGER)]
-    loads: Annotated[tuple[ModelLoad, ...], Field(max_length=MAX_MODELS)] = ()
+    loads: Annotated[tuple[ModelLoad, ...], Field(fail_fast=True, max_length=MAX_MODELS)] = ()
 
 
 class Drain(Message, kind="drain/1"):
@@ -219,13 +219,13 @@ class RosterEntry(Record):
     peer: PeerIdField
     role: RoleField
     addresses: Multiaddresses
-    models: Annotated[tuple[ModelOffer, ...], Field(max_length=MAX_MODELS)] = ()
+    models: Annotated[tuple[ModelOffer, ...], Field(fail_fast=True, max_length=MAX_MODELS)] = ()
 
 
 class Roster(Message, kind="roster/1"):
     """Who is there: providers are told of gateways, gateways of providers.  Replaces the last."""
 
-    entries: Annotated[tuple[RosterEntry, ...], Field(max_length=MAX_PEER_LIST)]
+    entries: Annotated[tuple[RosterEntry, ...], Field(fail_fast=True, max_length=MAX_PEER_LIST)]
 
 
 # --- the auction ----------------------------------------------------------------------------------
@@ -257,10 +257,14 @@ class JobRequest(Message, kind="job_request/1"):
     """A gateway wants a job done."""
 
     terms: JobTerms
-    allow: Annotated[tuple[PeerIdField, ...], Field(max_length=MAX_PEER_LIST)] | None = None
+    allow: (
+        Annotated[tuple[PeerIdField, ...], Field(fail_fast=True, max_length=MAX_PEER_LIST)] | None
+    ) = None
     """None: anyone.  An empty list: nobody, which is refused and not ignored."""
-    deny: Annotated[tuple[PeerIdField, ...], Field(max_length=MAX_PEER_LIST)] = ()
-    fingerprints: Annotated[tuple[Fingerprint, ...], Field(max_length=MAX_FINGERPRINTS)] = ()
+    deny: Annotated[tuple[PeerIdField, ...], Field(fail_fast=True, max_length=MAX_PEER_LIST)] = ()
+    fingerprints: Annotated[
+        tuple[Fingerprint, ...], Field(fail_fast=True, max_length=MAX_FINGERPRINTS)
+    ] = ()
 
 
 class JobOffer(Message, kind="job_offer/1"):
@@ -268,7 +272,9 @@ class JobOffer(Message, kind="job_offer/1"):
 
     terms: JobTerms
     gateway: PeerIdField
-    fingerprints: Annotated[tuple[Fingerprint, ...], Field(max_length=MAX_FINGERPRINTS)]
+    fingerprints: Annotated[
+        tuple[Fingerprint, ...], Field(fail_fast=True, max_length=MAX_FINGERPRINTS)
+    ]
     threshold: Annotated[int, Field(ge=0, le=2**32)]
     """Only providers whose draw for this request is below it may bid; 2³² lets all."""
     closes_at: UnixMillisecondsField
@@ -310,8 +316,10 @@ class AuctionRecord(Message, kind="auction/1"):
     coordinator: PeerIdField
     gateway: PeerIdField
     terms: JobTerms
-    allow: Annotated[tuple[PeerIdField, ...], Field(max_length=MAX_PEER_LIST)] | None
-    deny: Annotated[tuple[PeerIdField, ...], Field(max_length=MAX_PEER_LIST)]
+    allow: (
+        Annotated[tuple[PeerIdField, ...], Field(fail_fast=True, max_length=MAX_PEER_LIST)] | None
+    )
+    deny: Annotated[tuple[PeerIdField, ...], Field(fail_fast=True, max_length=MAX_PEER_LIST)]
     policy: AuctionPolicy
     opened_at: UnixMillisecondsField
     closed_at: UnixMillisecondsField
@@ -363,8 +371,8 @@ class Award(Message, kind="award/1"):
     """The auction's result: tokens in the order in which they are to be tried."""
 
     request_id: RequestIdField
-    tokens: Annotated[tuple[Envelope, ...], Field(min_length=1, max_length=3)]
-    contacts: Annotated[tuple[Contact, ...], Field(min_length=1, max_length=3)]
+    tokens: Annotated[tuple[Envelope, ...], Field(fail_fast=True, min_length=1, max_length=3)]
+    contacts: Annotated[tuple[Contact, ...], Field(fail_fast=True, min_length=1, max_length=3)]
     bids: Count
     passes: Count
     auction_ms: MillisecondsField
@@ -426,7 +434,7 @@ class Delivery(Message, kind="delivery/1"):
 
     request_id: RequestIdField
     gateway: PeerIdField
-    segments: Annotated[tuple[SegmentReport, ...], Field(max_length=16)]
+    segments: Annotated[tuple[SegmentReport, ...], Field(fail_fast=True, max_length=16)]
     outcome: Annotated[Outcome, Field(strict=False)]
     output_hash: DigestField
     """Of the whole text handed to the client."""

@@ -63,7 +63,7 @@ class Receipt(Message, kind="receipt/1"):
     bids: Count
     passes: Count
     policy_hash: DigestField
-    segments: Annotated[tuple[ReceiptSegment, ...], Field(max_length=16)]
+    segments: Annotated[tuple[ReceiptSegment, ...], Field(fail_fast=True, max_length=16)]
     amount: NanoXField
     fee: NanoXField
     """Kept by the network, out of `amount`."""
@@ -89,7 +89,7 @@ class ReceiptReply(Message, kind="receipt_reply/1"):
 
     request_id: RequestIdField
     receipt: Envelope | None
-    proofs: Annotated[tuple[Envelope, ...], Field(max_length=16)] = ()
+    proofs: Annotated[tuple[Envelope, ...], Field(fail_fast=True, max_length=16)] = ()
     delivery: Envelope | None = None
 
 
@@ -106,7 +106,7 @@ class BidSetReply(Message, kind="bid_set_reply/1"):
     """
 
     request_id: RequestIdField
-    leaves: Annotated[tuple[bytes, ...], Field(max_length=MAX_LEAVES)] | None
+    leaves: Annotated[tuple[bytes, ...], Field(fail_fast=True, max_length=MAX_LEAVES)] | None
 
 
 TO_LOG: Final = (ReceiptRequest, BidSetRequest)

@@ -21,7 +21,11 @@ _MAX_ITEMS: Final = 1 << 17
 
 
 class Record(BaseModel):
-    """A frozen, strict, closed struct; part of a message."""
+    """A frozen, strict, closed struct; part of a message.
+
+    Its lists are declared with `fail_fast`: a hostile one of 100,000 wrong items is refused at the
+    first instead of costing a second of error objects.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 

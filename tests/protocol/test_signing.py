@@ -1,0 +1,109 @@
+"""A signature says who said what, for which purpose, and nothing else passes for it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.peer.id import ID
+from samples import BID, COORDINATOR, GATEWAY, PROVIDER, RECEIPT, REQUEST
+
+from pinaivu_node.protocol.errors import LocalProtocolError, PeerAction, RemoteProtocolError
+from pinaivu_node.protocol.ids import PeerId, peer_id_of, public_key_of, request_id_of
+from pinaivu_node.protocol.market import Bid, JobRefused, Pass, PassReason, Voucher
+from pinaivu_node.protocol.receipt import Receipt
+from pinaivu_node.protocol.signing import Envelope, Signer, open_untrusted
+
+
+def test_what_was_signed_is_what_is_opened() -> None:
+    assert open_untrusted(PROVIDER.seal(BID), Bid, Pass, signer=PROVIDER.peer_id) == BID
+
+
+def test_a_signature_is_always_the_same() -> None:
+    assert PROVIDER.seal(BID) == PROVIDER.seal(BID)
+
+
+@pytest.mark.parametrize("change", ["body", "signature", "content", "signer"])
+def test_any_altered_part_is_refused(change: str) -> None:
+    sealed = PROVIDER.seal(BID)
+    altered = {
+        "body": sealed.body[:-1] + bytes([sealed.body[-1] ^ 1]),
+        "signature": sealed.signature[:-1] + bytes([sealed.signature[-1] ^ 1]),
+        "content": Pass.kind,
+        "signer": GATEWAY.peer_id,
+    }
+    forged = sealed.model_copy(update={change: altered[change]})
+    with pytest.raises(RemoteProtocolError):
+        open_untrusted(forged, Bid, Pass, signer=PROVIDER.peer_id)
+
+
+def test_a_forged_signature_asks_for_a_ban() -> None:
+    forged = PROVIDER.seal(BID).model_copy(update={"signature": bytes(64)})
+    with pytest.raises(RemoteProtocolError) as caught:
+        open_untrusted(forged, Bid, signer=PROVIDER.peer_id)
+    assert caught.value.action is PeerAction.BAN
+
+
+def test_a_body_signed_for_one_purpose_does_not_serve_another() -> None:
+    """A Pass and a Voucher made to have equal bodies still differ by what was signed."""
+    passing = Pass(request_id=REQUEST, bidder=PROVIDER.peer_id, reason=PassReason.FULL)
+    sealed = PROVIDER.seal(passing)
+    relabelled = sealed.model_copy(update={"content": JobRefused.kind})
+    with pytest.raises(RemoteProtocolError, match="does not verify"):
+        open_untrusted(relabelled, JobRefused, Voucher, signer=PROVIDER.peer_id)
+
+
+def test_the_signer_must_be_the_one_expected() -> None:
+    with pytest.raises(RemoteProtocolError, match="not by"):
+        open_untrusted(GATEWAY.seal(RECEIPT), Receipt, signer=COORDINATOR.peer_id)
+
+
+def test_the_digest_names_the_statement_and_not_the_signature() -> None:
+    sealed = PROVIDER.seal(BID)
+    assert sealed.digest == GATEWAY.seal(BID).digest
+    assert sealed.digest != sealed.model_copy(update={"content": "pass/1"}).digest
+
+
+@given(st.binary(min_size=64, max_size=64), st.binary(max_size=64))
+def test_random_signatures_raise_only_the_remote_error(signature: bytes, body: bytes) -> None:
+    forged = Envelope(content="bid/1", body=body, signer=PROVIDER.peer_id, signature=signature)
+    with pytest.raises(RemoteProtocolError):
+        open_untrusted(forged, Bid, signer=PROVIDER.peer_id)
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31), b"\xff" * 32])
+def test_weak_and_impossible_keys_sign_nothing(key: bytes) -> None:
+    weak = peer_id_of(key)
+    forged = Envelope(content="bid/1", body=b"\x80", signer=weak, signature=bytes(64))
+    with pytest.raises(RemoteProtocolError):
+        open_untrusted(forged, Bid, signer=weak)
+
+
+def test_a_body_too_long_to_be_opened_is_never_signed() -> None:
+    from pinaivu_node.protocol.receipt import BidSetReply
+
+    with pytest.raises(LocalProtocolError):
+        PROVIDER.seal(BidSetReply(request_id=REQUEST, leaves=(b"x" * 70_000,)))
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_peer_ids_are_those_of_libp2p(seed: bytes) -> None:
+    signer = Signer(seed)
+    theirs = create_new_key_pair(seed).public_key
+    assert signer.peer_id == ID.from_pubkey(theirs).to_base58()
+    assert public_key_of(signer.peer_id) == theirs.to_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "12D3KooW", "Qm" + "a" * 44, "0OIl", "é" * 20, "1" * 64, "z" * 10_000]
+)
+def test_what_spells_no_key_is_no_peer_id(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        public_key_of(PeerId(text))
+
+
+def test_a_request_id_is_made_of_sixteen_bytes() -> None:
+    assert request_id_of(bytes(16)) == "req_" + "0" * 32
+    with pytest.raises(ValueError, match="16 random bytes"):
+        request_id_of(bytes(15))
