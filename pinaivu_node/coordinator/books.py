@@ -245,10 +245,12 @@ class Books:
         """Everything that was measured."""
         return [_track(row) for row in connection.execute(sa.select(measurements))]
 
-    def bans(self, connection: sa.Connection, now: UnixMilliseconds) -> dict[PeerId, int]:
+    def bans(
+        self, connection: sa.Connection, now: UnixMilliseconds
+    ) -> dict[PeerId, UnixMilliseconds]:
         """Who is banned, until when."""
         rows = connection.execute(sa.select(bans).where(bans.c.until > now))
-        return {PeerId(row.peer): row.until for row in rows}
+        return {PeerId(row.peer): UnixMilliseconds(row.until) for row in rows}
 
     def ban(self, connection: sa.Connection, peer: PeerId, until: int, reason: str) -> None:
         """Keep that a peer is banned; a later ban replaces an earlier one."""

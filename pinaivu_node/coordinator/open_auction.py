@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from pinaivu_node.coordinator.auction import Answer
 from pinaivu_node.protocol.draw import draw
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import PeerId, UnixMilliseconds
@@ -26,8 +27,10 @@ from pinaivu_node.protocol.market import (
 )
 from pinaivu_node.protocol.signing import Envelope
 
-MAX_ANSWERS: Final = 1024
-"""About 550 bytes each: the whole bid set fits one frame.  The policy asks for a few dozen."""
+MAX_ANSWERS: Final = 768
+MAX_ANSWER_BYTES: Final = 600
+"""Twice what a bid takes.  Together: the whole bid set, lists included, fits one frame of a
+mebibyte.  The policy asks for a few dozen answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,15 @@ class Standing:
     measurement: Measurement
     banned: bool
     full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedAuction:
+    """What will be published, and the same opened, as `decide` takes it."""
+
+    record: AuctionRecord
+    kept: tuple[AnswerRecord, ...]
+    answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +84,8 @@ class OpenAuction:
         self.opened_at: Final = opened_at
         self.last_call: Final = UnixMilliseconds(opened_at + policy.window_ms)
         """The latest close."""
+        self.threshold: Final = invitation.threshold
         self._policy = policy
-        self._threshold = invitation.threshold
         self._answers: dict[PeerId, _Received] = {}
         self._awaited = set(invitation.providers - invitation.full)
         self._awaited_if_nobody_bids = set(invitation.full)
@@ -97,12 +109,14 @@ class OpenAuction:
             raise RemoteProtocolError(
                 f"{sender} answers in the name of {message.bidder}", action=PeerAction.BAN
             )
-        if draw(sender, self.request.terms.request_id) >= self._threshold:
+        if draw(sender, self.request.terms.request_id) >= self.threshold:
             raise RemoteProtocolError(f"{sender} was not invited to answer")
         if now > self.last_call:
             raise RemoteProtocolError("the auction has closed", action=PeerAction.IGNORE)
         if sender in self._answers:
             raise RemoteProtocolError("a second answer", action=PeerAction.IGNORE)
+        if len(envelope.body) > MAX_ANSWER_BYTES:
+            raise RemoteProtocolError(f"an answer of {len(envelope.body)} bytes")
         if len(self._answers) >= MAX_ANSWERS:
             raise RemoteProtocolError("the bid set is full", action=PeerAction.IGNORE)
         self._answers[sender] = _Received(message, envelope, now)
@@ -135,9 +149,9 @@ class OpenAuction:
         coordinator: PeerId,
         gateway: PeerId,
         now: UnixMilliseconds,
-        standing: Callable[[PeerId], Standing],
-    ) -> tuple[AuctionRecord, tuple[AnswerRecord, ...]]:
-        """Everything that decides the auction, as it will be published."""
+        standing: Callable[[Bid | Pass], Standing],
+    ) -> ClosedAuction:
+        """Everything that decides the auction; nothing may be added afterwards."""
         record = AuctionRecord(
             coordinator=coordinator,
             gateway=gateway,
@@ -148,19 +162,27 @@ class OpenAuction:
             opened_at=self.opened_at,
             closed_at=now,
         )
-        answers = (self._answer_record(peer, standing(peer)) for peer in sorted(self._answers))
-        return record, tuple(answers)
+        received = [self._answers[peer] for peer in sorted(self._answers)]
+        answers = tuple(_answer(each, standing(each.message)) for each in received)
+        kept = (_kept(each, answer) for each, answer in zip(received, answers, strict=True))
+        return ClosedAuction(record, tuple(kept), answers)
 
-    def messages(self) -> tuple[Bid | Pass, ...]:
-        """The opened answers, in the order of the records that `close` gives."""
-        return tuple(self._answers[peer].message for peer in sorted(self._answers))
 
-    def _answer_record(self, peer: PeerId, standing: Standing) -> AnswerRecord:
-        received = self._answers[peer]
-        return AnswerRecord(
-            answer=received.envelope,
-            received_at=received.at,
-            measurement=standing.measurement,
-            banned=standing.banned,
-            full=standing.full,
-        )
+def _answer(received: _Received, standing: Standing) -> Answer:
+    return Answer(
+        message=received.message,
+        received_at=received.at,
+        measurement=standing.measurement,
+        banned=standing.banned,
+        full=standing.full,
+    )
+
+
+def _kept(received: _Received, answer: Answer) -> AnswerRecord:
+    return AnswerRecord(
+        answer=received.envelope,
+        received_at=answer.received_at,
+        measurement=answer.measurement,
+        banned=answer.banned,
+        full=answer.full,
+    )

@@ -29,7 +29,7 @@ from pinaivu_node.protocol.ids import (
 from pinaivu_node.protocol.market import Outcome, Proof, SegmentReport, Voucher
 from pinaivu_node.protocol.money import TokenUsage, cost
 from pinaivu_node.protocol.receipt import Receipt, ReceiptSegment
-from pinaivu_node.protocol.signing import open_untrusted
+from pinaivu_node.protocol.signing import Envelope, open_untrusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,9 @@ class Bill:
     shares: tuple[Share, ...]
     outcome: Outcome
     output_hash: Digest
+    proofs: tuple[Envelope, ...]
+    """What it was made from, as signed."""
+    delivery: Envelope | None
 
     @property
     def fee(self) -> NanoX:
@@ -77,11 +80,13 @@ def bill(job: Job) -> Bill:
         shares=tuple(share for share in shares if share.amount),
         outcome=_outcome(job),
         output_hash=_output_hash(job),
+        proofs=tuple(signed.envelope for signed in job.proofs.values()),
+        delivery=job.delivery.envelope if job.delivery else None,
     )
 
 
 def receipt_for(
-    job: Job,
+    contract: Contract,
     bill: Bill,
     *,
     coordinator: PeerId,
@@ -89,7 +94,6 @@ def receipt_for(
     now: UnixMilliseconds,
 ) -> Receipt:
     """What is to be signed and kept for ever."""
-    contract = job.contract
     terms, winner = contract.terms, contract.awards[0]
     return Receipt(
         request_id=terms.request_id,
@@ -114,7 +118,7 @@ def receipt_for(
         awarded_at=contract.awarded_at,
         settled_at=now,
         ledger_entry=ledger_entry,
-        delivery=job.delivery.envelope.digest if job.delivery else None,
+        delivery=bill.delivery.digest if bill.delivery else None,
         attestation=None,
     )
 

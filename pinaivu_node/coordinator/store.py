@@ -160,7 +160,7 @@ class Store:
         """Everything that was measured of providers."""
         return await self._transact(self._books.tracks)
 
-    async def bans(self, *, now: UnixMilliseconds) -> dict[PeerId, int]:
+    async def bans(self, *, now: UnixMilliseconds) -> dict[PeerId, UnixMilliseconds]:
         """Who is banned, until when."""
         return await self._transact(lambda each: self._books.bans(each, now))
 

@@ -65,7 +65,9 @@ def _create_jobs() -> None:
     op.create_table(
         "receipts",
         sa.Column("request_id", sa.String(36), sa.ForeignKey("jobs.request_id"), primary_key=True),
-        sa.Column("entry_id", sa.BigInteger, sa.ForeignKey("entries.id"), nullable=False, unique=True),
+        sa.Column(
+            "entry_id", sa.BigInteger, sa.ForeignKey("entries.id"), nullable=False, unique=True
+        ),
         sa.Column("reply", sa.LargeBinary, nullable=False),
     )
 
