@@ -126,7 +126,7 @@ _SAMPLING_FIELDS: Final = tuple(f.name for f in dataclasses.fields(SamplingParam
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as it goes on the pipe; FrameError if it is too large."""
+    """The frame as it goes on the pipe; FrameError if it is too large or no msgpack can say it."""
     match frame:
         case StepFrame(events=events):
             fields: list[Any] = ["step", [_event_fields(event) for event in events]]
@@ -135,7 +135,10 @@ def encode(frame: Frame) -> bytes:
         case _:
             names = (field.name for field in dataclasses.fields(frame))
             fields = [_FLAT_TAGS[type(frame)], *(getattr(frame, name) for name in names)]
-    body = msgpack.packb(fields)
+    try:
+        body = msgpack.packb(fields)
+    except (ValueError, OverflowError) as exc:  # a lone surrogate in a text, an integer of 65 bits
+        raise FrameError(str(exc)) from exc
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + bytes(body)
@@ -232,11 +235,16 @@ def _request_fields(request: GenerationRequest) -> list[Any]:
                 [part.role, part.content] if isinstance(part, ChatMessage) else part
                 for part in parts
             ]
-    sampling = [getattr(request.sampling, name) for name in _SAMPLING_FIELDS]
+    # Any mapping and any integer may be asked for; noise takes the low 64 bits of a seed anyway.
+    sampling = dataclasses.replace(
+        request.sampling,
+        logit_bias=dict(request.sampling.logit_bias),
+        seed=request.sampling.seed & (2**64 - 1),
+    )
     return [
         request.id,
         prompt,
-        [dict(value) if isinstance(value, dict) else value for value in sampling],
+        [getattr(sampling, name) for name in _SAMPLING_FIELDS],
         request.resume_token_ids,
         request.tenant,
         request.deadline_ms,

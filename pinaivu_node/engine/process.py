@@ -47,6 +47,8 @@ _COMMAND: Final = (sys.executable, "-P", "-m", "pinaivu_node.engine.child")
 _LOG_LINE_BYTES: Final = 2000
 _LAST_LINES: Final = 8
 """Enough of a traceback's end to say why a child died."""
+_MAX_CALLS: Final = 2 * 4096
+"""More requests than any engine runs and queues; `ProcessEngine` refuses long before."""
 _LAST_WORDS_S: Final = 1.0
 """How long a dying child may take to end its log; it has closed its frames already."""
 
@@ -120,9 +122,8 @@ class Child:
         self._heard = False
         self._ping_open = False
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        # At most one Generate and one Cancel per call, a Load and an open Ping.
-        limit = 2 * (config.max_queued + 4096) + 2
-        self._outbox, self._to_write = trio.open_memory_channel[bytes](limit)
+        # At most one Generate and one Cancel per call, a Load and an open Ping: never full.
+        self._outbox, self._to_write = trio.open_memory_channel[bytes](2 * _MAX_CALLS + 2)
 
     # -- what the engine does with it -------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Child:
         try:
             frame = encode(Generate(request))
         except FrameError as exc:
-            raise PromptRefused(f"The prompt is too large: {exc}.") from exc
+            raise PromptRefused(f"The prompt cannot be taken: {exc}.") from exc
         timing = Timing(asked=trio.current_time(), waited=waits)
         call = Call(request, window=window, timing=timing)
         self.calls[request.id] = call
@@ -159,8 +160,9 @@ class Child:
         self.pid = process.pid
         try:
             await self._converse(process)
-            with trio.move_on_after(_LAST_WORDS_S):
-                await process.wait()
+            if self._cause is None:  # it closed its frames by itself: let it end by itself
+                with trio.move_on_after(_LAST_WORDS_S):
+                    await process.wait()
         finally:
             with trio.CancelScope(shield=True):
                 process.kill()
@@ -225,6 +227,7 @@ class Child:
         if self.ready is None:
             self._cause = f"the model did not load within {self._config.load_timeout_s:g} s"
             everything.cancel()
+            return
         interval = min(self._config.ping_interval_s, self._config.hang_timeout_s / 2)
         silent = 0.0
         # Silence is counted in intervals in which nothing was heard, not by the clock: when it is

@@ -43,17 +43,10 @@ class PromptEncoder:
         elif prompt and isinstance(prompt[0], ChatMessage):
             ids = self._chat(list(prompt))
         else:
-            ids = self._checked([int(part) for part in prompt if not isinstance(part, ChatMessage)])
+            ids = [int(part) for part in prompt if not isinstance(part, ChatMessage)]
         if not ids:
             raise PromptRefused("The prompt is empty.")
         return list(ids)
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        size = len(self._tokenizer)
-        for token_id in ids:
-            if not 0 <= token_id < size:
-                raise PromptRefused(f"Token id {token_id} is not in the model's vocabulary.")
-        return ids
 
     def _chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         if not self._tokenizer.chat_template:

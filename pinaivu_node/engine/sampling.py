@@ -105,7 +105,7 @@ class Sampler:
         scores, token_ids = _likeliest(row, top_k=top_k, top_p=params.top_p)
         if params.min_p > 0.0:
             # The likeliest token comes first; min_p is relative to it.
-            keep = int((scores >= scores[0] + math.log(params.min_p)).sum())
+            keep = max(1, int((scores >= scores[0] + math.log(params.min_p)).sum()))
             scores, token_ids = scores[:keep], token_ids[:keep]
         return token_ids, scores
 

@@ -28,7 +28,8 @@ from pinaivu_node.engine.types import (
 
 _CONTEXT_TOKENS: Final = 4
 """End of the prompt that the detokenizer sees: enough for a leading space or a split character."""
-_WARM_UP_TOKENS: Final = 12
+_WARM_UP_TOKENS: Final = (2, 8)
+"""The first pass loads every kernel, the second is measured."""
 
 
 class LoadError(Exception):
@@ -72,7 +73,10 @@ class TorchModel:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
-                config.model, local_files_only=True, dtype=_dtype(config.dtype, device)
+                config.model,
+                local_files_only=True,
+                use_safetensors=True,  # the older format is code
+                dtype=_dtype(config.dtype, device),
             )
             return cls(model.to(device).eval(), tokenizer, config=config)
         except torch.OutOfMemoryError as exc:
@@ -85,6 +89,10 @@ class TorchModel:
         if request.sampling.logprobs is not None:
             raise PromptRefused("This engine does not report logprobs.")
         prompt = self._encoder.encode(request.prompt)
+        for token_id in (*prompt, *request.resume_token_ids):
+            # An index beyond the weights is an exception on a CPU, the end of the process on CUDA.
+            if not 0 <= token_id < self.vocabulary:
+                raise PromptRefused(f"Token id {token_id} is not in the model's vocabulary.")
         # The answer needs room for one token at least.
         if len(prompt) + len(request.resume_token_ids) >= self.context_window:
             raise PromptRefused(too_long(self.context_window, len(prompt)))
@@ -99,12 +107,12 @@ class TorchModel:
 
     def warm_up(self) -> Speed:
         """Run a short generation, so that no client pays for the first use of every kernel."""
-        request = GenerationRequest(
-            id="warm-up",
-            prompt=tuple([min(100, self.vocabulary - 1)] * 16),
-            sampling=SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0.7, ignore_eos=True),
-        )
-        for _ in range(2):  # the first time is the slow one
+        for count in _WARM_UP_TOKENS:
+            request = GenerationRequest(
+                id="warm-up",
+                prompt=tuple([min(100, self.vocabulary - 1)] * 16),
+                sampling=SamplingParams(max_tokens=count, temperature=0.7, ignore_eos=True),
+            )
             started = time.monotonic()
             times = [time.monotonic() for _ in self.start(request).steps()]
         decode_s = max(times[-1] - times[0], 1e-6)

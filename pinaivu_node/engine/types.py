@@ -116,15 +116,15 @@ class EngineError(Exception):
     """The engine could not answer."""
 
 
-class EngineDead(EngineError):  # noqa: N818 - named for what happened
+class EngineDead(EngineError):
     """The engine process ended or hangs; it is being restarted."""
 
 
-class EngineBusy(EngineError):  # noqa: N818 - named for what happened
+class EngineBusy(EngineError):
     """No room for one more request now."""
 
 
-class PromptRefused(EngineError):  # noqa: N818 - named for what happened
+class PromptRefused(EngineError):
     """This prompt cannot be run: too long for the context window, or the model has no template."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def convert(source: Path, target: Path, *, progress: Progress) -> None:
     last: deque[str] = deque(maxlen=3)
     with subprocess.Popen(  # noqa: S603 - this module itself, no shell
         [sys.executable, "-P", "-m", "pinaivu_node.models.convert", str(source), str(target)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # never written to: it ends when we do, and the child with it
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,5 +69,12 @@ def _say(step: str) -> None:
     sys.stdout.flush()
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of stdin, then end the process, whatever it is doing."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,13 +7,13 @@ class ModelError(Exception):
     """Something about a model's files; the message is for the person at the terminal."""
 
 
-class ModelMissing(ModelError):  # noqa: N818 - reads as what it is: the model is missing
+class ModelMissing(ModelError):
     """This model is not on this machine; the message says how to get it."""
 
 
-class ModelDamaged(ModelError):  # noqa: N818 - as above
+class ModelDamaged(ModelError):
     """Files of this model are not what they were when it was pulled."""
 
 
-class PullFailed(ModelError):  # noqa: N818 - as above
+class PullFailed(ModelError):
     """The model could not be fetched; what can be resumed was kept."""

@@ -83,8 +83,10 @@ async def it_answers(engine) -> list[tuple[int, ...]]:
 async def it_refuses(engine) -> None:
     with pytest.raises(PromptRefused, match="maximum context length is 256 tokens"):
         await answer(engine, request(prompt="x" * 300))
-    with pytest.raises(PromptRefused, match="too large"):
+    with pytest.raises(PromptRefused, match="cannot be taken"):
         await answer(engine, request(prompt="x" * 2**25))
+    with pytest.raises(PromptRefused, match="cannot be taken"):
+        await answer(engine, request(prompt="\ud800"))
     chat = await answer(engine, request(prompt=(ChatMessage("user", "hi"),)))
     assert chat[-1].input_tokens == 21
 
@@ -137,6 +139,7 @@ async def it_dies_and_is_replaced(engine, expected) -> None:
     assert engine.statistics().restarts == 1
 
 
+@pytest.mark.live
 async def test_a_hung_child_is_noticed_and_replaced(tiny_model):
     settings = config(tiny_model, hang_timeout_s=0.6, ping_interval_s=0.2, restart_backoff_s=0.05)
     async with open_engine(settings) as engine:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
@@ -99,6 +100,14 @@ def test_no_damaged_frame_causes_anything_but_a_frame_error(frame, data):
     damaged[at] = data.draw(st.integers(0, 255))
     with contextlib.suppress(FrameError):
         list(FrameDecoder().feed(bytes(damaged)))
+
+
+def test_a_seed_of_any_size_and_a_mapping_of_any_kind_cross():
+    bias = MappingProxyType({1: 2.0})
+    sampling = SamplingParams(max_tokens=1, seed=-1, logit_bias=bias)
+    (frame,) = FrameDecoder().feed(encode(frames.Generate(GenerationRequest("a", "", sampling))))
+    assert frame.request.sampling.seed == 2**64 - 1
+    assert frame.request.sampling.logit_bias == bias
 
 
 def test_a_frame_that_is_too_large_is_never_sent():

@@ -105,6 +105,14 @@ def test_a_prompt_that_leaves_no_room_is_refused_in_the_words_that_clients_know(
         model.start(request(tuple([5] * 250), resume=[5] * 6))
 
 
+def test_a_token_that_the_model_does_not_have_is_refused(model):
+    for bad in (-1, model.vocabulary):
+        with pytest.raises(PromptRefused, match="not in the model's vocabulary"):
+            model.start(request((bad,)))
+        with pytest.raises(PromptRefused, match="not in the model's vocabulary"):
+            model.start(request((1,), resume=(bad,)))
+
+
 def test_logprobs_are_refused_rather_than_left_out(model):
     with pytest.raises(PromptRefused):
         model.start(request((1,), logprobs=2))

@@ -129,6 +129,7 @@ def test_what_pip_says_is_passed_on_with_what_to_do(store, index, entry):
         pull(store, "tiny:1", progress=SilentProgress())
 
 
+@pytest.mark.live
 def test_a_gguf_file_of_ones_own_is_converted_once(store, tiny_gguf):
     with pytest.raises(ModelMissing, match="models pull"):
         store.resolve(str(tiny_gguf))
@@ -144,6 +145,7 @@ def test_a_gguf_file_of_ones_own_is_converted_once(store, tiny_gguf):
     assert not any("converting" in step for step in again.steps)
 
 
+@pytest.mark.live
 def test_a_file_that_is_no_gguf_is_refused(store, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
