@@ -126,7 +126,7 @@ class AuctionHouse:
         running = self._running.get(message.request_id)
         if running is None:
             raise RemoteProtocolError("there is no such auction", action=PeerAction.IGNORE)
-        if sender not in self._floor.market.sellers(running.auction.request.terms.model):
+        if not self._floor.market.sells(sender, running.auction.request.terms.model):
             raise RemoteProtocolError(
                 f"{sender} does not sell this model", action=PeerAction.IGNORE
             )

@@ -11,6 +11,8 @@ import logging
 from collections import Counter
 from functools import partial
 
+import trio
+
 from pinaivu_node.coordinator.auction import decide, open_bid_set_untrusted
 from pinaivu_node.coordinator.floor import Floor
 from pinaivu_node.coordinator.job import Contract, Job
@@ -38,8 +40,9 @@ logger = logging.getLogger(__name__)
 class Clearing:
     """The jobs that were awarded and have no receipt yet."""
 
-    def __init__(self, floor: Floor) -> None:
+    def __init__(self, floor: Floor, nursery: trio.Nursery) -> None:
         self._floor = floor
+        self._nursery = nursery
         self._jobs: dict[RequestId, Job] = {}
         self._per_gateway: Counter[PeerId] = Counter()
         self._being_settled: set[RequestId] = set()
@@ -89,13 +92,14 @@ class Clearing:
             for award in job.contract.awards:
                 self._release(job, award.provider, ran=False)
         if job.is_matched():
-            await self._settle(job)
+            self._begin(job)
 
-    async def settle_due(self) -> None:
+    def settle_due(self) -> None:
         """Settle what has waited long enough for a statement that did not come."""
         now = self._floor.clock()
-        for job in [job for job in self._jobs.values() if self._settle_at(job) <= now]:
-            await self._settle(job)
+        for job in self._jobs.values():
+            if job.request_id not in self._being_settled and self._settle_at(job) <= now:
+                self._begin(job)
 
     def _settle_at(self, job: Job) -> UnixMilliseconds:
         return job.settle_at(
@@ -115,38 +119,45 @@ class Clearing:
             receipt or Acknowledge(request_id=request_id, explanation="no such job was awarded"),
         )
 
+    def _begin(self, job: Job) -> None:
+        """From now on the job hears nothing: its receipt is being written."""
+        self._being_settled.add(job.request_id)
+        self._nursery.start_soon(self._settle, job)
+
     async def _settle(self, job: Job) -> None:
-        """Write, believe and tell the receipt; on a failing database, later."""
-        request_id = job.request_id
-        if request_id in self._being_settled:
-            return
-        self._being_settled.add(request_id)
+        """Write, believe and tell the receipt; on a failing database, at a later sweep.
+
+        Any other failure is a bug.  The job is then left alone until the next start: its hold
+        stays, which loses nobody's money, and the other jobs go on.
+        """
         try:
             final, now = bill(job), self._floor.clock()
             tracks = self._tracks(job, now)
-            reply = await self._floor.store.settle(
-                Settlement(
-                    request_id=request_id,
-                    entry=settle_entry(
-                        job.contract.gateway,
-                        request_id,
-                        hold=job.contract.hold,
-                        shares=final.shares,
-                    ),
-                    receipt_reply=partial(self._signed_reply, job.contract, final, now),
-                    tracks=tracks,
-                    settled_at=now,
-                )
-            )
+            reply = await self._floor.store.settle(self._settlement(job, final, tracks, now=now))
+            for subject, track in tracks.items():
+                self._floor.reputation.learn(subject, track)
+            self._close(job, final)
+            self._tell(job, reply)
         except StoreError:
-            logger.exception("cannot settle %s; it will be tried again", request_id)
+            logger.exception("cannot settle %s; it will be tried again", job.request_id)
+        except Exception:
+            logger.exception("the settlement of %s failed", job.request_id)
             return
-        finally:
-            self._being_settled.discard(request_id)
-        for subject, track in tracks.items():
-            self._floor.reputation.learn(subject, track)
-        self._close(job, final)
-        self._tell(job, reply)
+        self._being_settled.discard(job.request_id)
+
+    def _settlement(
+        self, job: Job, final: Bill, tracks: dict[Subject, Track], *, now: UnixMilliseconds
+    ) -> Settlement:
+        contract = job.contract
+        return Settlement(
+            request_id=job.request_id,
+            entry=settle_entry(
+                contract.gateway, job.request_id, hold=contract.hold, shares=final.shares
+            ),
+            receipt_reply=partial(self._signed_reply, contract, final, now),
+            tracks=tracks,
+            settled_at=now,
+        )
 
     def _signed_reply(
         self, contract: Contract, final: Bill, now: UnixMilliseconds, ledger_entry: int

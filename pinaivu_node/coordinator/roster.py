@@ -149,6 +149,10 @@ class Market:
         members = (self._members[peer] for peer in self._sellers.get(model, ()))
         return {each.peer: each.sales[model].offer for each in members if not each.draining}
 
+    def sells(self, peer: PeerId, model: ModelName) -> bool:
+        """Whether this peer is live and announces the model."""
+        return peer in self._sellers.get(model, ())
+
     def is_announced(self, model: ModelName) -> bool:
         """Whether anybody live serves the model, draining or not."""
         return bool(self._sellers.get(model))

@@ -1,7 +1,8 @@
 """The coordinator: its parts put together, and the market stream that feeds them.
 
 One task per market stream reads and decides; one writes what waits in that stream's outbox; one
-per auction; one beats the heart, notices the silent and settles what is due; one tells rosters.
+per auction and per receipt; one beats the heart and notices the silent; one settles what is
+overdue; one tells rosters.  What waits for the disk holds up nobody's stream.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ async def serve_coordinator(
         mesh.handle(MARKET, coordinator.serve_market)
         mesh.handle(LOG, coordinator.serve_log)
         nursery.start_soon(coordinator.beat)
+        nursery.start_soon(coordinator.sweep)
         nursery.start_soon(coordinator.tell_rosters)
         task_status.started(coordinator)
 
@@ -111,7 +113,7 @@ class Coordinator:
         self._mesh = mesh
         self._nursery = nursery
         self._floor = open_floor(store, signer, config, clock=clock)
-        self._clearing = Clearing(self._floor)
+        self._clearing = Clearing(self._floor, nursery)
         self._house = AuctionHouse(mesh, self._floor, self._clearing)
         self._log = LogDesk(store, requests_per_second=config.log_requests_per_second)
         self._roster_changed = trio.Event()
@@ -170,7 +172,7 @@ class Coordinator:
         await self._clearing.recover()
 
     async def beat(self) -> None:
-        """Every heartbeat: say so, give up the silent, settle what is due."""
+        """Every heartbeat: say so, and give up the silent."""
         sequence = 0
         while True:
             await trio.sleep(self._floor.config.heartbeat_ms / 1000)
@@ -184,7 +186,12 @@ class Coordinator:
             ):
                 self._floor.sessions.drop(peer, "it missed three heartbeats")
                 self._leave(peer)
-            await self._clearing.settle_due()
+
+    async def sweep(self) -> None:
+        """Every heartbeat: settle what has waited long enough."""
+        while True:
+            await trio.sleep(self._floor.config.heartbeat_ms / 1000)
+            self._clearing.settle_due()
 
     async def tell_rosters(self) -> None:
         """Tell gateways of providers and providers of gateways whenever either changes."""
@@ -207,9 +214,10 @@ class Coordinator:
         hello = await self._hello(stream)
         pace = Pace(self._floor.config.messages_per_second, now=trio.current_time())
         session = Session(stream, hello.role, pace)
+        welcome = await self._welcome(session)
         self._enter(session, hello)
+        session.say(welcome)
         try:
-            session.say(await self._welcome(session))
             await session.run(self._read)
         finally:
             if self._floor.sessions.leave(session):

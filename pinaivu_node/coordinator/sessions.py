@@ -107,13 +107,13 @@ class Session:
             session.cancel()
 
     async def _send_all(self) -> None:
-        if self._roster is not None:
-            roster, self._roster = self._roster, None
-            await self._stream.send(roster)
         while self._frames:
             frame = self._frames.popleft()
             self._bytes -= len(frame)
             await self._stream.send(frame)
+        if self._roster is not None:
+            roster, self._roster = self._roster, None
+            await self._stream.send(roster)
 
 
 class Sessions:

@@ -123,26 +123,26 @@ def receipt_for(
     )
 
 
-def vouchered_output(proof: Proof, *, contract: Contract) -> int:
-    """How many tokens the gateway itself has signed for; a bad voucher counts as none.
+def vouchered_output(proof: Proof) -> int:
+    """How many tokens the gateway that a proof names has itself signed for; 0 for a bad voucher.
 
-    It is no fault of the provider's that can be proven: it may only be passing on what it got.
+    A bad one is no fault of the provider's that can be proven: it may be passing on what it got.
     """
     if proof.voucher is None:
         return 0
     try:
-        voucher = open_untrusted(proof.voucher, Voucher, signer=contract.gateway)
+        voucher = open_untrusted(proof.voucher, Voucher, signer=proof.gateway)
     except RemoteProtocolError:
         return 0
-    same = (voucher.request_id, voucher.provider) == (contract.terms.request_id, proof.provider)
+    same = (voucher.request_id, voucher.provider) == (proof.request_id, proof.provider)
     return voucher.output_tokens if same else 0
 
 
-def smaller_count(report: SegmentReport, proof: Proof | None, *, contract: Contract) -> TokenUsage:
+def smaller_count(report: SegmentReport, proof: Proof | None) -> TokenUsage:
     """What provider and gateway both stand by; without a proof, what the gateway admits."""
     if proof is None:
         return report.usage
-    admitted = max(report.usage.output, vouchered_output(proof, contract=contract))
+    admitted = max(report.usage.output, vouchered_output(proof))
     return TokenUsage(
         input=min(proof.usage.input, report.usage.input),
         cached_input=min(proof.usage.cached_input, report.usage.cached_input),
@@ -157,7 +157,7 @@ def vouchered_usage(proof: Proof, *, contract: Contract) -> TokenUsage:
     return TokenUsage(
         input=min(proof.usage.input, estimate - cached),
         cached_input=cached,
-        output=min(proof.usage.output, vouchered_output(proof, contract=contract)),
+        output=min(proof.usage.output, vouchered_output(proof)),
     )
 
 
@@ -170,7 +170,7 @@ def _parts(job: Job) -> Iterator[_Part]:
         if award is None:
             continue  # nobody without a token is ever paid
         signed = job.proofs.get(report.provider)
-        usage = smaller_count(report, signed.message if signed else None, contract=contract)
+        usage = smaller_count(report, signed.message if signed else None)
         digest = signed.envelope.digest if signed else None
         yield _Part(award, usage, report, digest, report.ttft_ms)
     reported = {report.provider for report in reports}
