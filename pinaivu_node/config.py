@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import platformdirs
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -81,7 +81,11 @@ class ProviderSettings(_Settings):
     price_output: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_OUTPUT
     engine: Literal["torch", "openai", "bench"] = "torch"
     engine_url: str | None = None
-    engine_api_key: str | None = None
+    engine_api_key: SecretStr | None = None
+    engine_model: str | None = None
+    """What the server at `engine_url` calls the model; None: the same as here."""
+    context_window: Annotated[int, Field(ge=16)] | None = None
+    """Of the server at `engine_url`: its API does not tell."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the engine; None: as many as there are cores."""

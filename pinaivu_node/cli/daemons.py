@@ -71,6 +71,13 @@ def start(
         str | None,
         typer.Option(help="For example http://127.0.0.1:8000/v1.", show_default=False),
     ] = None,
+    engine_model: Annotated[
+        str | None,
+        typer.Option(help="What that server calls the model.", show_default=False),
+    ] = None,
+    context_window: Annotated[
+        int | None, typer.Option(help="What that server was started with.", show_default=False)
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the engine.", show_default=False)
     ] = None,
@@ -79,10 +86,11 @@ def start(
     as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
 ) -> None:
     """Serve models to the network and earn for it."""
-    from pinaivu_node.daemon import run_provider
-
     settings = config.load(ProviderSettings, _flags(locals()), os.environ)
     setup_logging(json=as_json)
+    from pinaivu_node.daemon import fetch_models, run_provider
+
+    fetch_models(settings, console=errors)
     trio.run(partial(run_provider, settings, live=screen.is_terminal and not as_json))
 
 
@@ -104,10 +112,10 @@ def coordinate(
     as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
 ) -> None:
     """Hold auctions, keep the ledger, write the receipts."""
-    from pinaivu_node.daemon import run_coordinator
-
     settings = config.load(CoordinatorSettings, _flags(locals()), os.environ)
     setup_logging(json=as_json)
+    from pinaivu_node.daemon import run_coordinator
+
     trio.run(run_coordinator, settings)
 
 
@@ -126,8 +134,8 @@ def devnet(
     as_json: Json = False,
 ) -> None:
     """A whole network on this machine: one coordinator, a gateway, providers."""
-    from pinaivu_node.daemon import pull_missing
     from pinaivu_node.devnet import DevnetPlan
+    from pinaivu_node.models.pull import pull_missing
 
     plan = DevnetPlan(
         home=home.absolute(),

@@ -1,0 +1,276 @@
+"""The composition root: one nursery, one mesh, the roles of this peer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import trio
+from rich.console import Console
+
+from pinaivu_node import control
+from pinaivu_node.config import CoordinatorSettings, ProviderSettings
+from pinaivu_node.coordinator.config import CoordinatorConfig
+from pinaivu_node.coordinator.service import Coordinator, serve_coordinator
+from pinaivu_node.coordinator.store import open_store, sqlite_url
+from pinaivu_node.engine.client import open_engine
+from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
+from pinaivu_node.engine.openai import open_openai_engine
+from pinaivu_node.engine.synthetic import SyntheticEngine
+from pinaivu_node.identity import load_or_create_seed
+from pinaivu_node.mesh.config import MeshConfig
+from pinaivu_node.mesh.libp2p import open_libp2p_mesh
+from pinaivu_node.mesh.mesh import Mesh
+from pinaivu_node.models.catalogue import CATALOGUE
+from pinaivu_node.models.pull import pull_missing
+from pinaivu_node.models.store import ModelStore
+from pinaivu_node.protocol.ids import (
+    ModelName,
+    NanoX,
+    PeerId,
+    UnixMilliseconds,
+    digest_of,
+    is_model_name,
+    public_key_of,
+)
+from pinaivu_node.protocol.market import JobKind
+from pinaivu_node.protocol.money import PriceList
+from pinaivu_node.protocol.signing import Signer
+from pinaivu_node.provider.config import ProviderConfig
+from pinaivu_node.provider.service import Provider, serve_provider
+from pinaivu_node.provider.shelf import ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+class DaemonError(Exception):
+    """The daemon cannot start; the message says what to do."""
+
+
+def unix_clock() -> UnixMilliseconds:
+    """Now, in milliseconds since the epoch."""
+    return UnixMilliseconds(time.time_ns() // 1_000_000)
+
+
+# --- provider -------------------------------------------------------------------------------------
+
+
+def fetch_models(settings: ProviderSettings, *, console: Console) -> None:
+    """Pull what `start` needs and is not here; blocks, with bars."""
+    if settings.engine == "torch":
+        pull_missing(settings.models_folder, settings.model, console=console)
+
+
+async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
+    """Sell the configured models until SIGINT or SIGTERM; `live` shows the screen."""
+    coordinator = _coordinator_of(settings)
+    seed = load_or_create_seed(settings.home)
+    async with AsyncExitStack() as stack:
+        models = [await _open_model(stack, settings, name) for name in settings.model]
+        engines = {served.model: served for served in models}
+        mesh = await stack.enter_async_context(
+            open_libp2p_mesh(MeshConfig(listen=settings.listen), seed=seed)
+        )
+        nursery = await stack.enter_async_context(_until_stopped())
+        provider: Provider = await nursery.start(
+            partial(
+                serve_provider,
+                mesh,
+                Signer(seed),
+                coordinator,
+                settings.coordinator,
+                engines,
+                ProviderConfig(proofs_folder=settings.home / "proofs"),
+                clock=unix_clock,
+            )
+        )
+        handlers = _provider_handlers(provider, mesh)
+        await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
+        logger.info("provider %s sells %s", mesh.peer_id, ", ".join(engines))
+        if live:
+            from pinaivu_node import screen
+
+            nursery.start_soon(screen.show, provider.statistics)
+        await trio.sleep_forever()
+
+
+def _coordinator_of(settings: ProviderSettings) -> PeerId:
+    address = settings.coordinator or ""
+    peer = PeerId(address.rpartition("/p2p/")[2])
+    try:
+        public_key_of(peer)
+    except ValueError as exc:
+        raise DaemonError(
+            "which coordinator? Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set "
+            f"`coordinator` in {settings.home / 'config.toml'}"
+        ) from exc
+    return peer
+
+
+async def _open_model(stack: AsyncExitStack, settings: ProviderSettings, name: str) -> ServedModel:
+    prices = _prices(settings)
+    match settings.engine:
+        case "torch":
+            model = ModelStore(settings.models_folder).resolve(name)
+            config = EngineConfig(
+                model=model.folder, device=settings.device, threads=settings.threads
+            )
+            return ServedModel(
+                engine=await stack.enter_async_context(open_engine(config)),
+                model=model.name,
+                digest=model.digest,
+                prices=prices,
+                kinds=_kinds(chat=model.chat),
+                licence=model.licence.name,
+                owner=model.owner,
+            )
+        case "openai":
+            return await _open_server(stack, settings, name, prices)
+        case "bench":
+            return ServedModel(
+                engine=SyntheticEngine(tokens_per_second=200, ttft_ms=5, capacity=1024),
+                model=_model_name(name),
+                digest=digest_of(b"pinaivu/bench/1"),
+                prices=prices,
+                licence="none: not a model",
+            )
+
+
+async def _open_server(
+    stack: AsyncExitStack, settings: ProviderSettings, name: str, prices: PriceList
+) -> ServedModel:
+    if settings.engine_url is None:
+        raise DaemonError("--engine openai needs --engine-url, such as http://127.0.0.1:8000/v1")
+    entry = CATALOGUE.get(ModelName(name))
+    config = OpenAIEngineConfig(
+        base_url=settings.engine_url,
+        model=settings.engine_model or name,
+        api_key=settings.engine_api_key,
+        context_window=settings.context_window or (entry.context_window if entry else 4096),
+    )
+    # What the server behind the URL has loaded is not ours to hash: unless the catalogue pins the
+    # weights of that name, the digest is of the name alone, and says so by being different.
+    pinned = entry.digest if entry else None
+    return ServedModel(
+        engine=await stack.enter_async_context(open_openai_engine(config)),
+        model=_model_name(name),
+        digest=pinned or digest_of(b"pinaivu/unpinned-model/1\0" + name.encode()),
+        prices=prices,
+        kinds=_kinds(chat=entry.chat if entry else True),
+        licence=entry.licence.name if entry else "",
+        owner=entry.owner if entry else "",
+    )
+
+
+def _model_name(name: str) -> ModelName:
+    if not is_model_name(name):
+        raise DaemonError(f"{name!r} cannot be a model's name: write it like llama3.2:1b")
+    return ModelName(name)
+
+
+def _kinds(*, chat: bool) -> tuple[JobKind, ...]:
+    return (JobKind.CHAT, JobKind.COMPLETION) if chat else (JobKind.COMPLETION,)
+
+
+def _prices(settings: ProviderSettings) -> PriceList:
+    cached = settings.price_cached_input
+    return PriceList(
+        input=NanoX(settings.price_input),
+        cached_input=NanoX(settings.price_input // 4 if cached is None else cached),
+        output=NanoX(settings.price_output),
+    )
+
+
+def _provider_handlers(provider: Provider, mesh: Mesh) -> Mapping[str, control.Handler]:
+    def status() -> dict[str, Any]:
+        return {
+            "role": "provider",
+            "addresses": list(mesh.addresses),
+            **asdict(provider.statistics()),
+            "mesh": asdict(mesh.statistics()),
+        }
+
+    def drain() -> dict[str, Any]:
+        provider.drain()
+        return {"draining": True}
+
+    def resume() -> dict[str, Any]:
+        provider.resume()
+        return {"draining": False}
+
+    return {"status": status, "drain": drain, "resume": resume}
+
+
+# --- coordinator ----------------------------------------------------------------------------------
+
+
+async def run_coordinator(settings: CoordinatorSettings) -> None:
+    """Coordinate until SIGINT or SIGTERM."""
+    seed = load_or_create_seed(settings.home)
+    database = settings.database or sqlite_url(settings.home / "coordinator.db")
+    config = CoordinatorConfig(welcome_credit=settings.welcome_credit)
+    async with (
+        open_store(database) as store,
+        open_libp2p_mesh(MeshConfig(listen=settings.listen, hub=True), seed=seed) as mesh,
+        _until_stopped() as nursery,
+    ):
+        coordinator: Coordinator = await nursery.start(
+            partial(serve_coordinator, mesh, store, Signer(seed), config, clock=unix_clock)
+        )
+        handlers = _coordinator_handlers(coordinator, mesh)
+        await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
+        for address in mesh.addresses:
+            logger.info("coordinator listens on %s", address)
+        await trio.sleep_forever()
+
+
+def _coordinator_handlers(coordinator: Coordinator, mesh: Mesh) -> Mapping[str, control.Handler]:
+    def status() -> dict[str, Any]:
+        return {
+            "role": "coordinator",
+            "peer_id": mesh.peer_id,
+            "addresses": list(mesh.addresses),
+            **asdict(coordinator.statistics()),
+            "mesh": asdict(mesh.statistics()),
+        }
+
+    async def accounts() -> dict[str, Any]:
+        return {str(name): balance for name, balance in (await coordinator.accounts()).items()}
+
+    async def deposit(peer: str, amount: int, key: str | None = None) -> dict[str, Any]:
+        """`key` makes a repeated request harmless."""
+        try:
+            public_key_of(PeerId(peer))
+        except ValueError as exc:
+            raise control.ControlError(f"{peer!r} is no PeerID") from exc
+        key = key or secrets.token_hex(16)
+        posted = await coordinator.deposit(PeerId(peer), NanoX(amount), key)
+        return {"peer": peer, "amount": amount, "key": key, "posted": posted}
+
+    return {"status": status, "accounts": accounts, "deposit": deposit}
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _until_stopped() -> AsyncIterator[trio.Nursery]:
+    """A nursery that the first SIGINT or SIGTERM cancels; the rest of the stack then unwinds."""
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+
+            async def stop() -> None:
+                async for number in signals:
+                    logger.info("stopping on %s", signal.Signals(number).name)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
+            yield nursery
