@@ -33,7 +33,9 @@ from pinaivu_node.engine.types import (
 )
 
 _PROBE_S: Final = 1.0
-"""Pause between two looks at a server that is still loading."""
+"""Pause between two looks at a server that does not serve the model yet, or any more."""
+_IDLE_PROBE_S: Final = 5.0
+"""The same for one that does: a server that died idle should not be bid on for long."""
 _MAX_LINE_BYTES: Final = 2**20
 """A chunk carries a few tokens; a megabyte without a line's end is no event stream."""
 _MAX_ERROR_BYTES: Final = 65536
@@ -86,6 +88,13 @@ class OpenAIEngine:
         finally:
             self._running -= 1
             self._gauge.finished(timing)
+
+    async def watch(self) -> None:
+        """Keep `statistics().ready` true to the server, until cancelled."""
+        while True:
+            await trio.sleep(_IDLE_PROBE_S if self._ready else _PROBE_S)
+            if self._running == 0:  # a stream that flows, or breaks, says more than a probe
+                self._ready = not await self._probe()
 
     def statistics(self) -> EngineStatistics:
         """A snapshot, at once."""
@@ -297,7 +306,7 @@ def _refusal(status: int, text: str) -> EngineBusy | PromptRefused | EngineDead:
 
 @asynccontextmanager
 async def open_openai_engine(config: OpenAIEngineConfig) -> AsyncIterator[OpenAIEngine]:
-    """An engine over this server; nothing is sent before `wait_ready` or the first request."""
+    """An engine over this server, which is looked at from time to time until the context ends."""
     headers = {}
     if config.api_key is not None:
         headers["Authorization"] = f"Bearer {config.api_key.get_secret_value()}"
@@ -310,4 +319,8 @@ async def open_openai_engine(config: OpenAIEngineConfig) -> AsyncIterator[OpenAI
         limits=limits,
         trust_env=False,  # the server is the operator's own neighbour, not behind a proxy
     ) as client:
-        yield OpenAIEngine(config, client)
+        engine = OpenAIEngine(config, client)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.watch)
+            yield engine
+            nursery.cancel_scope.cancel()

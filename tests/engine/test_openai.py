@@ -43,6 +43,7 @@ class Server:
         self.bodies: list[dict] = []
         self.cancelled = trio.Event()
         self.status = 200
+        self.loaded = ["big"]
         self.break_after: int | None = None
         routes = [
             Route("/v1/models", self.models),
@@ -52,7 +53,7 @@ class Server:
         self.app = Starlette(routes=routes)
 
     async def models(self, request):
-        return JSONResponse({"object": "list", "data": [{"id": "big", "object": "model"}]})
+        return JSONResponse({"object": "list", "data": [{"id": name} for name in self.loaded]})
 
     async def complete(self, request):
         body = json.loads(await request.body())
@@ -179,6 +180,17 @@ async def test_a_broken_stream_is_a_dead_engine():
         server.break_after = 5
         with pytest.raises(EngineDead, match="broke off"):
             await answer(engine, request())
+
+
+async def test_a_server_that_comes_back_is_ready_again(monkeypatch):
+    monkeypatch.setattr("pinaivu_node.engine.openai._PROBE_S", 0.01)
+    monkeypatch.setattr("pinaivu_node.engine.openai._IDLE_PROBE_S", 0.01)
+    async with serving() as (engine, server):
+        for loaded in ([], ["big"]):
+            server.loaded = loaded
+            with trio.fail_after(5):
+                while engine.statistics().ready != bool(loaded):  # noqa: ASYNC110 - over HTTP
+                    await trio.sleep(0.01)
 
 
 async def test_its_own_bound_and_what_it_cannot_do():
