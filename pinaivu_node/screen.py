@@ -67,7 +67,13 @@ async def show(read: Callable[[], ProviderStatistics], console: Console) -> None
             now = trio.current_time()
             statistics = read()
             history.note(statistics.tokens_served, now=now)
-            live.update(render(statistics, history.speeds, uptime_s=now - started_at), refresh=True)
+            picture = render(
+                statistics,
+                history.speeds,
+                uptime_s=now - started_at,
+                height=console.height - 1,  # the cursor has a line of its own
+            )
+            live.update(picture, refresh=True)
             await trio.sleep(_REFRESH_S)
 
 
