@@ -421,7 +421,7 @@ class MemoryMesh:
     def ban(self, peer: PeerId, *, duration: Milliseconds) -> None:
         """See `Mesh.ban`."""
         self._book.ban(peer, until=trio.current_time() + duration / 1000)
-        self.hang_up(peer, "it is banned")
+        self._network.disconnect(self._peer_id, peer)
 
     def hang_up(self, peer: PeerId, _reason: str) -> None:
         """Cut off a peer that misbehaved."""

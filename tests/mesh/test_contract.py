@@ -71,6 +71,16 @@ class TestGossip:
                 assert (await hear(hub, inbox, b"from hub ")).publisher == hub.peer_id
                 assert (await hear(two, inbox, b"from two ")).publisher == two.peer_id
 
+    @pytest.mark.parametrize("milliseconds", range(0, 24, 4))
+    async def test_a_subscription_is_heard_of_whenever_it_is_made(
+        self, network, clock, milliseconds
+    ):
+        async with network.join("hub") as hub, network.join("leaf") as leaf:
+            await leaf.dial(hub.addresses[0])
+            await trio.sleep(milliseconds / 1000)
+            async with leaf.subscribe(TOPIC) as inbox:
+                await hear(hub, inbox, b"offer")
+
     async def test_a_publisher_does_not_hear_itself(self, network, clock):
         async with network.join("hub") as hub, network.join("leaf") as leaf:
             await leaf.dial(hub.addresses[0])

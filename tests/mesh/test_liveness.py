@@ -26,6 +26,10 @@ async def start(start_peer, *arguments, **options):
     return await trio.to_thread.run_sync(partial(start_peer, *arguments, **options))
 
 
+async def told(peer):
+    return await trio.to_thread.run_sync(peer.told, abandon_on_cancel=True)
+
+
 async def assert_answers(mesh, peer_id):
     stream = await mesh.open(peer_id, ECHO)
     await stream.send(b"there?")
@@ -44,7 +48,7 @@ async def assert_hears_gossip(mesh, peer, number):
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(publish)
-        while not (await trio.to_thread.run_sync(peer.told)).get("heard", "").startswith(word):
+        while not (await told(peer)).get("heard", "").startswith(word):
             pass
         nursery.cancel_scope.cancel()
 

@@ -18,6 +18,7 @@ and why, in the order of a connection's life:
   frames on the wire.  We send one for every half window.
 * An exception in a handler ends the process or leaves a connection that accepts no more streams.
 * A gossip message with garbage in it ends the process.
+* Gossip forgets what a live peer subscribed to, in the two cases told of in `SafePubsub`.
 * Gossip sequence numbers start at the time in seconds: a publisher that restarts repeats them, and
   its messages are dropped as old.
 
@@ -419,6 +420,7 @@ class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
     deliver: Callable[[Any], None]
     admits: PeerGate
     fault: Fault
+    restart: Callable[[PeerId], None]
 
     async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
         """Check, deliver and forward one message; never raises for what is in it."""
@@ -436,9 +438,23 @@ class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
         """Write to one peer until that fails; the reader of its stream learns it too."""
         queue.max_message_size = _MAX_RPC_BYTES  # above it a message is dropped without a word
         try:
+            # A topic subscribed to while the first greeting was being written is in neither the
+            # greeting nor the queue.  Saying all again costs a hundred bytes.
+            await self.write_msg(stream, self.get_hello_packet())
             await super().handle_sending_messages(peer_id, stream, queue)
         except Exception:
             logger.debug("gossip to a peer ended", exc_info=True)
+
+    def _handle_dead_peer(self, peer_id: Any) -> None:
+        """Forget a peer; and if it is connected still, begin anew with it.
+
+        Its subscriptions are forgotten whichever of its streams or connections died, and it has no
+        reason to announce them again: it would never hear from us.  So it goes when the old self of
+        a restarted peer is found dead, or when a peer was too slow once.
+        """
+        super()._handle_dead_peer(peer_id)
+        if self._peer_is_connected(peer_id):
+            self.restart(PeerId(str(peer_id)))
 
     def notify_subscriptions(self, publish_message: Any) -> None:
         """Deliver straight to our inboxes: the stock queue holds 32 and drops the newest."""

@@ -97,6 +97,7 @@ class Libp2pMesh:
         self._pubsub.deliver = self._deliver
         self._pubsub.admits = self._admits_gossip
         self._pubsub.fault = self.hang_up
+        self._pubsub.restart = self._kill_connections
         self._presence = Presence()
         self._counters = Counters()
         self._connections: set[Any] = set()
@@ -328,12 +329,11 @@ class Libp2pMesh:
         """Cut off a peer that misbehaved, and say so once."""
         if self._book.is_first_complaint(peer):
             logger.warning("dropped %s: %s", peer, reason)
+        self._counters.peers_dropped += peer in self._presence
         self._kill_connections(peer)
 
     def _kill_connections(self, peer: PeerId) -> None:
-        connections = self._connections_of(peer)
-        self._counters.peers_dropped += bool(connections)
-        for connection in connections:
+        for connection in self._connections_of(peer):
             self._start(internals.kill_connection, connection)
 
     def _connections_of(self, peer: PeerId) -> list[Any]:
