@@ -6,6 +6,7 @@ twins (`PeerIdField` and so on) are what a message declares: they carry the boun
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import Annotated, Final, NewType
@@ -49,6 +50,9 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(_ED25519_PREFIX + public_key).decode())
 
 
+# Decoding base58 costs as much as checking half a signature, and the same few thousand names come
+# back in every message.  A name takes at most 64 characters: the cache stays below a megabyte.
+@functools.lru_cache(maxsize=4096)
 def public_key_of(peer: PeerId) -> bytes:
     """The 32-byte Ed25519 key that a PeerID spells; ValueError if it spells none."""
     if len(peer) > 64:
