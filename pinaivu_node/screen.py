@@ -58,8 +58,9 @@ class SpeedHistory:
         return tuple(self._speeds)
 
 
-async def show(read: Callable[[], ProviderStatistics], console: Console) -> None:
+async def show(read: Callable[[], ProviderStatistics], console: Console | None = None) -> None:
     """Keep the screen up to date until cancelled; log lines scroll by above it."""
+    console = console or Console()
     started_at = trio.current_time()
     history = SpeedHistory()
     with Live(console=console, auto_refresh=False, transient=True) as live:

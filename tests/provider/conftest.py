@@ -1,4 +1,4 @@
-"""A provider's world: its coordinator and its gateways as hand-written actors on the memory mesh."""
+"""A provider's world: its coordinator and gateways as hand-written actors on the memory mesh."""
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ async def test_a_gateway_that_vouches_gets_the_whole_answer(autojump_clock, worl
         assert proof.voucher.signer == facts.gateway.peer_id
 
 
-async def test_a_proof_is_told_again_after_every_reconnection_until_its_receipt(autojump_clock, world, facts):
+async def test_a_proof_is_told_again_after_every_reconnection_until_its_receipt(
+    autojump_clock, world, facts
+):
     async with world.market() as (coordinator, provider, gateway):
         request = await gateway.dispatch()
         _, proof = await gateway.wait_done(request)
