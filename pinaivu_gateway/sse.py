@@ -1,0 +1,73 @@
+"""Server-sent events, byte for byte as OpenAI's clients want them.
+
+One `data:` line of compact JSON per event and never `id:`, `event:` or `retry:`, of which some
+clients die.  Everything that is the same in all chunks of a stream is encoded once: a chunk costs
+one `json.dumps` of its text.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+DONE: Final = b"data: [DONE]\n\n"
+PING: Final = b": ping\n\n"
+"""A comment; an empty `data:` line or an `event: ping` would break the loops of most clients."""
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def event(value: object) -> bytes:
+    """One event."""
+    return b"data: " + _encode(value).encode("utf-8", "replace") + b"\n\n"
+
+
+class ChunkTemplate:
+    """The chunks of one stream.
+
+    `head` holds the fields before `choices` (id, object, created, model, …).
+    """
+
+    def __init__(self, head: dict[str, Any], *, chat: bool, include_usage: bool) -> None:
+        self._head: Final = _encode(head)[:-1]
+        self._is_chat: Final = chat
+        # Asked for usage, a client gets the key in every chunk; not asked, it never sees it, nor
+        # a chunk without choices, which many index blindly.
+        self._usage: Final = ',"usage":null' if include_usage else ""
+        opening = '"delta":{"content":' if chat else '"text":'
+        closing = "}" if chat else ""
+        self._before: Final = f'data: {self._head},"choices":[{{"index":0,{opening}'.encode(
+            "utf-8", "replace"
+        )
+        self._after: Final = (
+            f'{closing},"logprobs":null,"finish_reason":null}}]{self._usage}}}\n\n'.encode()
+        )
+
+    def opening(self) -> bytes:
+        """The first chunk of a chat says who speaks; a completion has none."""
+        if not self._is_chat:
+            return b""
+        return self._chunk('"delta":{"role":"assistant","content":""}', "null")
+
+    def text(self, text: str) -> bytes:
+        """A chunk with more of the answer."""
+        return self._before + _encode(text).encode("utf-8", "replace") + self._after
+
+    def finish(self, reason: str, usage: dict[str, Any]) -> bytes:
+        """The end of the stream: why, how much if that was asked for, and [DONE]."""
+        last = '"delta":{}' if self._is_chat else '"text":""'
+        chunks = self._chunk(last, _encode(reason))
+        if self._usage:
+            counted = f'data: {self._head},"choices":[],"usage":{_encode(usage)}}}\n\n'
+            chunks += counted.encode("utf-8", "replace")
+        return chunks + DONE
+
+    def _chunk(self, content: str, reason: str) -> bytes:
+        choice = f'{{"index":0,{content},"logprobs":null,"finish_reason":{reason}}}'
+        chunk = f'data: {self._head},"choices":[{choice}]{self._usage}}}\n\n'
+        return chunk.encode("utf-8", "replace")

@@ -1,0 +1,337 @@
+"""OpenAI's requests to orders for the market, and the market's answers to OpenAI's objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+from typing import Any, Final
+
+from pinaivu_gateway.errors import refusal
+from pinaivu_gateway.jobs import JobOrder, ProviderView
+from pinaivu_gateway.openai_schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    MaxPrice,
+    OtherPart,
+    TextPart,
+)
+from pinaivu_node.protocol.ids import (
+    MAX_SAFE_INTEGER,
+    Digest,
+    Milliseconds,
+    ModelName,
+    NanoX,
+    RequestId,
+)
+from pinaivu_node.protocol.inference import (
+    MAX_PROMPT_CHARACTERS,
+    ChatTurn,
+    Finish,
+    Prompt,
+    Sampling,
+)
+from pinaivu_node.protocol.market import JobKind, Preference
+from pinaivu_node.protocol.money import PriceList, TokenUsage
+
+TOKENS_PER_MESSAGE: Final = 32
+"""A template's marks around a message; a few tokens in every template known."""
+TOKENS_PER_PROMPT: Final = 64
+"""Beginning of text, the opening of the answer, and a default system message."""
+SHORT_ANSWER: Final = 256
+"""Answers are estimated at this: clients ask for much more than models say."""
+DEFAULT_COMPLETION_TOKENS: Final = 16
+"""OpenAI's, for raw completions."""
+NANO_X_PER_X: Final = 10**9
+FINISH_REASONS: Final = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+"""Other ends are failures, which OpenAI's clients know no reason for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """What is drawn for a request."""
+
+    request_id: RequestId
+    nonce: bytes
+    seed: int
+    """Used where the client names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the gateway adds to a request."""
+
+    default_output_tokens: int
+    context_window: int | None
+    """The model's, as far as the roster knows."""
+    deadline_in: Milliseconds
+    tenant: bytes
+    fingerprints: tuple[bytes, ...] = ()
+
+
+def chat_turns(messages: Sequence[ChatMessage]) -> tuple[ChatTurn, ...]:
+    """The turns of a chat, as chat templates want them.
+
+    `developer` is a system message, and there is one of those at most, at the beginning: most
+    templates fail at a second or a late one.
+    """
+    system: list[str] = []
+    turns: list[ChatTurn] = []
+    for index, message in enumerate(messages):
+        text = _text_of(message, f"messages[{index}]")
+        if message.role in ("system", "developer"):
+            system.append(text)
+        else:
+            role = "tool" if message.role == "function" else message.role
+            turns.append(ChatTurn(role=role, content=text))
+    if system:
+        turns.insert(0, ChatTurn(role="system", content="\n\n".join(system)))
+    return tuple(turns)
+
+
+def _text_of(message: ChatMessage, path: str) -> str:
+    for name in ("tool_calls", "function_call"):
+        if getattr(message, name) not in (None, []):
+            raise refusal(
+                f"Unsupported parameter: '{path}.{name}' is not supported by this network yet.",
+                code="unsupported_parameter",
+                param=f"{path}.{name}",
+            )
+    content = message.content
+    if content is None:
+        if message.role == "assistant" and message.refusal is not None:
+            return message.refusal
+        raise refusal(
+            f"Missing required parameter: '{path}.content'.",
+            code="missing_required_parameter",
+            param=f"{path}.content",
+        )
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if isinstance(part, OtherPart):
+            raise refusal(
+                f"Unsupported content type '{part.type[:40]}': models here read text only.",
+                code="unsupported_value",
+                param=f"{path}.content[{index}]",
+            )
+        texts.append(part.text if isinstance(part, TextPart) else part.refusal)
+    return "".join(texts)
+
+
+def chat_order(
+    request: ChatRequest, turns: tuple[ChatTurn, ...], chance: Chance, limits: Limits
+) -> JobOrder:
+    """The order for a chat whose turns were made before, since fingerprints are made of them."""
+    size = sum(len(turn.content.encode()) for turn in turns)
+    _check_size(size, "messages")
+    return _order(
+        request,
+        Prompt(nonce=chance.nonce, turns=turns),
+        chance,
+        limits,
+        # A token covers at least one byte of text, so there cannot be more of them.
+        input_limit=size + TOKENS_PER_MESSAGE * len(turns) + TOKENS_PER_PROMPT,
+        input_estimate=size // 4 + 8 * len(turns) + 16,
+    )
+
+
+def completion_order(request: CompletionRequest, chance: Chance, limits: Limits) -> JobOrder:
+    """The order for a raw completion: one prompt, text or token ids."""
+    match request.prompt:
+        case str() as text:
+            return _text_order(request, text, chance, limits)
+        case [str() as text]:
+            return _text_order(request, text, chance, limits)
+        case [int(), *_] as ids:
+            return _ids_order(request, ids, chance, limits)
+        case [[int(), *_] as ids]:
+            return _ids_order(request, ids, chance, limits)
+        case _:
+            raise refusal(
+                "Only one prompt per request is supported by this network yet.",
+                code="unsupported_value",
+                param="prompt",
+            )
+
+
+def _text_order(request: CompletionRequest, text: str, chance: Chance, limits: Limits) -> JobOrder:
+    size = len(text.encode())
+    _check_size(size, "prompt")
+    prompt = Prompt(nonce=chance.nonce, text=text)
+    return _order(
+        request,
+        prompt,
+        chance,
+        limits,
+        input_limit=size + TOKENS_PER_PROMPT,
+        input_estimate=size // 4 + 16,
+    )
+
+
+def _ids_order(
+    request: CompletionRequest, ids: Sequence[Any], chance: Chance, limits: Limits
+) -> JobOrder:
+    prompt = Prompt(nonce=chance.nonce, token_ids=tuple(ids))
+    return _order(
+        request,
+        prompt,
+        chance,
+        limits,
+        input_limit=len(ids) + TOKENS_PER_PROMPT,
+        input_estimate=len(ids) + 1,
+    )
+
+
+def _check_size(size: int, param: str) -> None:
+    if size > MAX_PROMPT_CHARACTERS:
+        raise refusal(
+            f"Invalid '{param}': {size} bytes of text are over the limit of "
+            f"{MAX_PROMPT_CHARACTERS}.",
+            code="string_above_max_length",
+            param=param,
+        )
+
+
+def _order(
+    request: ChatRequest | CompletionRequest,
+    prompt: Prompt,
+    chance: Chance,
+    limits: Limits,
+    *,
+    input_limit: int,
+    input_estimate: int,
+) -> JobOrder:
+    output_limit = _output_limit(request, limits)
+    wishes = request.provider
+    return JobOrder(
+        request_id=chance.request_id,
+        kind=JobKind.CHAT if isinstance(request, ChatRequest) else JobKind.COMPLETION,
+        model=ModelName(request.model),
+        prompt=prompt,
+        sampling=_sampling(request, output_limit, chance.seed),
+        input_limit=input_limit,
+        input_estimate=input_estimate,
+        output_limit=output_limit,
+        output_estimate=min(output_limit, SHORT_ANSWER),
+        deadline_in=limits.deadline_in,
+        preference=Preference(wishes.sort),
+        max_prices=price_ceiling(wishes.max_price) if wishes.max_price else None,
+        allow=None if wishes.allow is None else tuple(wishes.allow),
+        deny=tuple(wishes.deny),
+        fingerprints=limits.fingerprints,
+        tenant=limits.tenant,
+    )
+
+
+def _output_limit(request: ChatRequest | CompletionRequest, limits: Limits) -> int:
+    asked: int | None
+    if isinstance(request, ChatRequest):
+        asked = request.max_completion_tokens or request.max_tokens or limits.default_output_tokens
+    else:
+        asked = request.max_tokens or DEFAULT_COMPLETION_TOKENS
+    # Without a window in sight the wire's own bound stands; the engine stops at the window anyway.
+    return min(asked, limits.context_window or 1_000_000)
+
+
+def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed: int) -> Sampling:
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return Sampling(
+        max_tokens=output_limit,
+        temperature=float(request.temperature),
+        top_p=float(request.top_p),
+        top_k=max(0, request.top_k),  # −1 is another server's word for "all"
+        min_p=float(request.min_p),
+        presence_penalty=float(request.presence_penalty),
+        frequency_penalty=float(request.frequency_penalty),
+        repetition_penalty=float(request.repetition_penalty),
+        logit_bias=tuple(sorted((key, float(bias)) for key, bias in request.logit_bias.items())),
+        stop=stop,
+        seed=seed if request.seed is None else request.seed,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def price_ceiling(wish: MaxPrice) -> PriceList:
+    """X per million tokens, exactly as written, to whole NanoX; rounded down, never above it.
+
+    Warm prompt tokens may cost as much as others: the wish is about the prompt.
+    """
+    prompt, completion = (
+        NanoX(
+            min(
+                int((Decimal(str(amount)) * NANO_X_PER_X).to_integral_value(ROUND_FLOOR)),
+                MAX_SAFE_INTEGER,
+            )
+        )
+        for amount in (wish.prompt, wish.completion)
+    )
+    return PriceList(input=prompt, cached_input=prompt, output=completion)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What all objects of one answer share."""
+
+    request_id: RequestId
+    model: str
+    created: int
+    is_chat: bool
+    model_digest: Digest
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        """The fields before `choices`."""
+        name = "chat.completion" if self.is_chat else "text_completion"
+        prefix = "chatcmpl-" if self.is_chat else "cmpl-"
+        return {
+            "id": prefix + self.request_id.removeprefix("req_"),
+            "object": name + (".chunk" if chunk and self.is_chat else ""),
+            "created": self.created,
+            "model": self.model,
+            "service_tier": "default",
+            # The digest is all that is known of what ran; the same weights give the same name.
+            "system_fingerprint": "fp_" + self.model_digest.removeprefix("sha256:")[:12],
+            "request_id": self.request_id,
+        }
+
+    def whole(self, text: str, finish: str, usage: TokenUsage) -> dict[str, Any]:
+        """An answer that was not streamed."""
+        said: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self.is_chat
+            else {"text": text}
+        )
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+        return {**self.head(chunk=False), "choices": [choice], "usage": usage_of(usage)}
+
+
+def usage_of(usage: TokenUsage) -> dict[str, Any]:
+    """OpenAI's usage object: warm prompt tokens are part of the prompt."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_input, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def context_window_of(providers: Sequence[ProviderView], model: str) -> int | None:
+    """The largest window in which anyone serves this model; None if nobody does."""
+    windows = [
+        offer.context_window
+        for provider in providers
+        for offer in provider.models
+        if offer.model == model
+    ]
+    return max(windows, default=None)
