@@ -58,7 +58,7 @@ from pinaivu_node.protocol.topics import LOG, MARKET
 from pinaivu_node.protocol.wire import decode_untrusted, encode
 
 if TYPE_CHECKING:
-    from trio_typing import TaskStatus
+    from trio import TaskStatus
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Final, Self
 
 import trio
-from nacl.signing import SigningKey
 
 from pinaivu_node.mesh.address import split_address
 from pinaivu_node.mesh.backoff import Backoff
@@ -42,7 +41,8 @@ from pinaivu_node.mesh.peers import PeerBook
 from pinaivu_node.mesh.presence import Presence
 from pinaivu_node.mesh.redial import Redialer
 from pinaivu_node.mesh.serving import serve_stream
-from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic, peer_id_of
+from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
+from pinaivu_node.protocol.signing import Signer
 
 DEAD_AFTER: Final = 4.0
 """Seconds until a peer that went silent is given up, as pings do on the real mesh."""
@@ -90,7 +90,7 @@ class MemoryNetwork:
 
         `crash` cancels the block: it then ends without an exception, as a killed process would.
         """
-        peer = peer_id_of(bytes(SigningKey(seed).verify_key))
+        peer = Signer(seed).peer_id
         if peer in self._meshes:
             raise MeshError(f"{peer} is in the network already")
         failure: BaseException | None = None

@@ -30,7 +30,7 @@ from pinaivu_node.protocol.wire import Message, decode_untrusted, encode
 from pinaivu_node.provider.shop import Shop
 
 if TYPE_CHECKING:
-    from trio_typing import TaskStatus
+    from trio import TaskStatus
 
 logger = logging.getLogger(__name__)
 

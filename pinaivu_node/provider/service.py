@@ -22,7 +22,7 @@ from pinaivu_node.provider.shop import Clock, Shop
 from pinaivu_node.provider.statistics import ProviderStatistics
 
 if TYPE_CHECKING:
-    from trio_typing import TaskStatus
+    from trio import TaskStatus
 
 logger = logging.getLogger(__name__)
 
