@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 if TYPE_CHECKING:
-    from trio import TaskStatus
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ from pinaivu_node.protocol.topics import LOG, MARKET
 from pinaivu_node.protocol.wire import decode_untrusted, encode
 
 if TYPE_CHECKING:
-    from trio import TaskStatus
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
 
 logger = logging.getLogger(__name__)
 

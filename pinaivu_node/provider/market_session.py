@@ -30,7 +30,7 @@ from pinaivu_node.protocol.wire import Message, decode_untrusted, encode
 from pinaivu_node.provider.shop import Shop
 
 if TYPE_CHECKING:
-    from trio import TaskStatus
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
 
 logger = logging.getLogger(__name__)
 

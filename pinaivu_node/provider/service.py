@@ -22,7 +22,7 @@ from pinaivu_node.provider.shop import Clock, Shop
 from pinaivu_node.provider.statistics import ProviderStatistics
 
 if TYPE_CHECKING:
-    from trio import TaskStatus
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
 
 logger = logging.getLogger(__name__)
 
