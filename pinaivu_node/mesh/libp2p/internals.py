@@ -52,7 +52,6 @@ with warnings.catch_warnings():
     from libp2p.network.connection.raw_connection import RawConnection
     from libp2p.peer.id import ID
     from libp2p.pubsub.gossipsub import GossipSub
-    from libp2p.pubsub.pb import rpc_pb2
     from libp2p.pubsub.pubsub import Pubsub
     from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
     from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -88,7 +87,7 @@ PeerGate = Callable[[PeerId], bool]
 Fault = Callable[[PeerId, str], None]
 
 
-class Refused(Exception):  # noqa: N818 - what happened to the connection, in libp2p's eyes
+class Refused(Exception):
     """We want no connection with this peer."""
 
 
@@ -279,7 +278,9 @@ class _InboundGate:
 
     def _complain(self, origin: str, reason: str) -> None:
         if origin not in self._complained:
-            logger.warning("dropped a connection from %s, the first of its kind: %s", origin, reason)
+            logger.warning(
+                "dropped a connection from %s, the first of its kind: %s", origin, reason
+            )
             self._complained[origin] = None
             if len(self._complained) > _MAX_COMPLAINTS:
                 del self._complained[next(iter(self._complained))]
