@@ -314,6 +314,12 @@ class CoordinatorActor:
                     await self._news.wait()
                 return message
 
+    async def until(self, condition) -> None:
+        with trio.fail_after(60):
+            async with self._news:
+                while not condition():
+                    await self._news.wait()
+
     async def publish(self, offer, *, signer=None) -> None:
         envelope = (signer or self.facts.coordinator).seal(offer)
         await self.mesh.publish(jobs_topic(offer.terms.model), encode(envelope))
@@ -341,8 +347,14 @@ class GatewayActor:
         self._vouched = defaultdict(int)
         self._news = trio.Condition()
         self.failure = None
+        self.scope = trio.CancelScope()
+        """Cancelled, it reads no more."""
 
     async def read(self) -> None:
+        with self.scope:
+            await self._read()
+
+    async def _read(self) -> None:
         try:
             while True:
                 frame = await self.stream.receive()
@@ -450,6 +462,7 @@ class World:
                 ProviderConfig(**({"proofs_folder": None} | settings)),
                 clock=self.clock,
             )
+            self.provider_scope = nursery.cancel_scope
             yield await nursery.start(start)
             nursery.cancel_scope.cancel()
 
