@@ -188,8 +188,9 @@ class Books:
                 award=job.award,
             )
             .on_conflict_do_nothing(index_elements=["request_id"])
+            .returning(jobs.c.request_id)
         )
-        if not added.rowcount:
+        if added.first() is None:
             raise DuplicateJobError(job.request_id)
         self.post(connection, job.hold_entry, job.awarded_at)
         connection.execute(sa.insert(bid_sets).values(request_id=job.request_id, reply=job.bid_set))
