@@ -37,13 +37,20 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 class HumanFormatter(logging.Formatter):
-    """`09:31:07 warning  mesh: the message`, in local time."""
+    """`09:31:07 warning  mesh: the message`, in local time.
+
+    Messages quote what strangers sent, so control characters are shown and not sent to the
+    terminal.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and the traceback below it if there is one."""
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-        line = f"{moment} {record.levelname.lower():<8} {_part(record.name)}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        said = _printable(record.getMessage())
+        lines = [f"{moment} {record.levelname.lower():<8} {_part(record.name)}: {said}"]
+        if record.exc_info:
+            lines += map(_printable, self.formatException(record.exc_info).splitlines())
+        return "\n".join(lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -74,6 +81,14 @@ def setup_logging(*, json: bool, level: int = logging.INFO) -> None:
     root.setLevel(level)
     for name, quiet in _QUIET.items():
         logging.getLogger(name).setLevel(max(quiet, level))
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def _part(logger: str) -> str:

@@ -26,7 +26,7 @@ def lines(restored_logging, monkeypatch):
         # Put in its place afterwards, as a live screen does.
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         logger = logging.getLogger("pinaivu_node.mesh.redial")
-        logger.info("met %s\nagain", "12D3")
+        logger.info("met %s", "12D3\n\x1b[2Jagain")
         logging.getLogger("libp2p.pubsub").info("chatter")
         try:
             int("no number")
@@ -39,13 +39,13 @@ def lines(restored_logging, monkeypatch):
 
 def test_a_person_sees_the_part_that_speaks(lines):
     first, *rest = lines(as_json=False)
-    assert first.endswith("info     mesh: met 12D3")
-    assert rest[-1] .startswith("ValueError: ")
+    assert first.endswith(r"info     mesh: met 12D3\n\x1b[2Jagain")
+    assert rest[-1].startswith("ValueError: ")
 
 
 def test_a_machine_sees_one_object_per_line(lines):
     met, broke = map(json.loads, lines(as_json=True))
-    assert met["message"] == "met 12D3\nagain"
+    assert met["message"] == "met 12D3\n\x1b[2Jagain"
     assert met["logger"] == "pinaivu_node.mesh.redial"
     assert met["time"].endswith("Z")
     assert broke["level"] == "error"
