@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API, as far as they are offered; what is not offered is refused, not ignored.
+"""Requests of OpenAI's API as far as offered; what is not offered is refused, never ignored.
 
 `parse_untrusted` is the one door.  Null means the default; a bool is no number; unknown extras,
 which many clients send, are ignored, but not inside `provider`, which is ours.
