@@ -120,6 +120,28 @@ async def test_what_the_engine_will_not_begin_is_refused(autojump_clock, world, 
         assert provider.statistics().models[0].running == 0
 
 
+class SlowDoorEngine(SyntheticEngine):
+    """Takes a second to take a request in."""
+
+    @asynccontextmanager
+    async def generate(self, request):
+        await trio.sleep(1)
+        async with super().generate(request) as events:
+            yield events
+
+
+async def test_a_job_may_be_cancelled_at_the_engines_door(autojump_clock, world):
+    async with world.market(engine=SlowDoorEngine()) as (coordinator, provider, gateway):
+        request = await gateway.dispatch()
+        await trio.sleep(0.1)
+        await gateway.cancel(request)
+        done, proof = await gateway.wait_done(request)
+        assert done.finish is Finish.CANCELLED
+        assert proof.usage == ZERO_USAGE
+        assert provider.statistics().models[0].running == 0
+        await coordinator.wait_for(Proof, request_id=request)
+
+
 async def test_a_model_whose_engine_is_down_is_not_for_sale(autojump_clock, world):
     engine = FragileEngine()
     engine.ready = False
