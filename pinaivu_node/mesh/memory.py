@@ -10,8 +10,6 @@ does too, seeded and repeatable: latency, lost gossip, partitions, crashes (SIGK
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -22,6 +20,7 @@ import trio
 
 from pinaivu_node.mesh.address import split_address
 from pinaivu_node.mesh.backoff import Backoff
+from pinaivu_node.mesh.clockwork import Clockwork, reachable_from
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.counters import Counters
 from pinaivu_node.mesh.framing import check_frame_size
@@ -64,7 +63,7 @@ class MemoryNetwork:
         self._groups: dict[PeerId, int] = {}
         self._hung: set[PeerId] = set()
         self._reach: dict[PeerId, tuple[PeerId, ...]] = {}
-        self._clockwork = _Clockwork()
+        self._clockwork = Clockwork()
         self._nursery_manager: AbstractAsyncContextManager[trio.Nursery] | None = None
         self._nursery: trio.Nursery
 
@@ -235,49 +234,10 @@ class MemoryNetwork:
         return tuple(peer for peer in self._reach[publisher] if peer != publisher)
 
     def _find_neighbourhood(self, publisher: PeerId) -> None:
-        neighbours: dict[PeerId, list[PeerId]] = {}
-        for wire in self._wires.values():
-            if wire.is_whole:
-                one, other = wire.ends
-                neighbours.setdefault(one, []).append(other)
-                neighbours.setdefault(other, []).append(one)
-        # A dict, not a set: the order of deliveries must not depend on hashes of strings.
-        found = {publisher: None}
-        to_visit = [publisher]
-        while to_visit:
-            for peer in neighbours.get(to_visit.pop(), ()):
-                if peer not in found:
-                    found[peer] = None
-                    to_visit.append(peer)
-        reached = tuple(found)
+        edges = [wire.ends for wire in self._wires.values() if wire.is_whole]
+        reached = reachable_from(publisher, edges)
         for peer in reached:
             self._reach[peer] = reached
-
-
-class _Clockwork:
-    """Does things later, in order of time and then of asking; one task for all of them."""
-
-    def __init__(self) -> None:
-        self._due: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
-        self._order = itertools.count()
-        self._sooner = trio.Event()
-
-    def add(self, delay: float, action: Callable[..., None], arguments: tuple[object, ...]) -> None:
-        entry = (trio.current_time() + delay, next(self._order), action, arguments)
-        heapq.heappush(self._due, entry)
-        if self._due[0] is entry:
-            self._sooner.set()
-
-    async def run(self) -> None:
-        while True:
-            self._sooner = trio.Event()
-            next_at = self._due[0][0] if self._due else float("inf")
-            with trio.CancelScope(deadline=next_at):
-                await self._sooner.wait()
-            now = trio.current_time()
-            while self._due and self._due[0][0] <= now:
-                _, _, action, arguments = heapq.heappop(self._due)
-                action(*arguments)
 
 
 class MemoryMesh:
@@ -371,11 +331,8 @@ class MemoryMesh:
         theirs, ours = wire.open_stream(
             opener.peer_id, self._peer_id, opener._counters, self._counters
         )
-        theirs.stall_limit, ours.stall_limit = (
-            opener._config.stall_limit,
-            self._config.stall_limit,
-        )
-        theirs.hang_up, ours.hang_up = opener.hang_up, self.hang_up
+        theirs.attend(opener._config.stall_limit, opener.hang_up)
+        ours.attend(self._config.stall_limit, self.hang_up)
         self.nursery.start_soon(serve_stream, handler, ours, self)
         return theirs
 

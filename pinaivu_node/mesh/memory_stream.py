@@ -101,8 +101,6 @@ class MemoryStream:
     """
 
     other: MemoryStream
-    stall_limit: float
-    hang_up: Callable[[PeerId, str], None]
 
     def __init__(self, wire: Wire, *, me: PeerId, peer: PeerId, counters: Counters) -> None:
         self._wire = wire
@@ -114,6 +112,11 @@ class MemoryStream:
         self._ending = False
         self._is_open = True
         counters.open_streams += 1
+
+    def attend(self, stall_limit: float, hang_up: Callable[[PeerId, str], None]) -> None:
+        """Whom to tell of a peer that reads nothing for this long."""
+        self._stall_limit = stall_limit
+        self._hang_up = hang_up
 
     @property
     def peer(self) -> PeerId:
@@ -138,10 +141,10 @@ class MemoryStream:
 
     async def _reserve(self, size: int) -> None:
         try:
-            with trio.fail_after(self.stall_limit):
+            with trio.fail_after(self._stall_limit):
                 await self.other.inbox.reserve(size)
         except trio.TooSlowError:
-            self.hang_up(self._peer, f"it read nothing for {self.stall_limit:g} s")
+            self._hang_up(self._peer, f"it read nothing for {self._stall_limit:g} s")
             raise StreamLost("the peer stopped reading") from None
         except MeshError as exc:
             raise StreamLost(f"the stream is over: {exc}") from None

@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from libp2p.pubsub.pb import rpc_pb2
 
 from pinaivu_node.mesh.config import MeshConfig
-from pinaivu_node.mesh.libp2p import internals
-
-rpc_pb2 = internals.rpc_pb2
+from pinaivu_node.mesh.libp2p import host as libp2p_host
+from pinaivu_node.mesh.libp2p.gossip import GOSSIP_PROTOCOL
 
 MULTISTREAM = b"\x13/multistream/1.0.0\n"
 NOISE = b"\x07/noise\n"
@@ -72,7 +72,7 @@ async def half_open_connections(address: str, count: int) -> AsyncIterator[None]
     """Hold this many connections that say nothing."""
     streams: list[trio.SocketStream] = []
     try:
-        for _ in range(count):
+        while len(streams) < count:
             streams.append(await trio.open_tcp_stream(*host_and_port(address)))
         yield
     finally:
@@ -87,7 +87,7 @@ async def half_open_connections(address: str, count: int) -> AsyncIterator[None]
 async def intruder(address: str) -> AsyncIterator[Any]:
     """A libp2p host of a stranger, connected to the victim; `.victim` is the connection."""
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
-    host = internals.make_host(
+    host = libp2p_host.make_host(
         os.urandom(32),
         MeshConfig(listen=()),
         gate=lambda _peer: True,
@@ -95,7 +95,7 @@ async def intruder(address: str) -> AsyncIterator[Any]:
     )
     location, _, peer = address.rpartition("/p2p/")
     async with host.run([]):
-        await internals.dial(host, location, peer)
+        await libp2p_host.dial(host, location, peer)
         host.victim = next(iter(host.get_network().get_connections()))
         try:
             yield host
@@ -120,7 +120,7 @@ async def as_intruder(
                 await attack(host)
                 with trio.move_on_after(patience):
                     await closed.wait()
-            except Exception:
+            except Exception:  # noqa: BLE001 - cut off, in one of libp2p's many ways
                 with trio.move_on_after(patience):
                     await closed.wait()
             nursery.cancel_scope.cancel()
@@ -142,7 +142,7 @@ async def connections_one_after_another(address: str, count: int) -> None:
 
 
 async def _stream(host: Any, protocol: str) -> Any:
-    return await internals.open_stream(host, internals.peer_of(host.victim), protocol)
+    return await libp2p_host.open_stream(host, libp2p_host.peer_of(host.victim), protocol)
 
 
 async def gigabyte_length_prefix(address: str, protocol: str) -> bool:
@@ -214,7 +214,7 @@ async def garbage_gossip(address: str) -> bool:
 
     async def attack(host: Any) -> None:
         for size in (1, 50, 5000):
-            stream = await _stream(host, str(internals.GOSSIP_PROTOCOL))
+            stream = await _stream(host, str(GOSSIP_PROTOCOL))
             await stream.write(prefixed(b"\xff" + dice.randbytes(size)))
 
     return await as_intruder(address, attack)
@@ -233,7 +233,7 @@ async def garbage_gossip_messages(address: str) -> bool:
     rpc = rpc_pb2.RPC(publish=hostile, subscriptions=[long_topic] * 2000)
 
     async def attack(host: Any) -> None:
-        stream = await _stream(host, str(internals.GOSSIP_PROTOCOL))
+        stream = await _stream(host, str(GOSSIP_PROTOCOL))
         await stream.write(prefixed(rpc_pb2.RPC(publish=hostile).SerializeToString()))
         await stream.write(prefixed(rpc.SerializeToString()))
 
@@ -244,7 +244,7 @@ async def oversized_gossip(address: str) -> bool:
     """An RPC whose length says a gibibyte."""
 
     async def attack(host: Any) -> None:
-        stream = await _stream(host, str(internals.GOSSIP_PROTOCOL))
+        stream = await _stream(host, str(GOSSIP_PROTOCOL))
         await stream.write(b"\x80\x80\x80\x80\x04" + bytes(1000))
 
     return await as_intruder(address, attack, patience=0.5)

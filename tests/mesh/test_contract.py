@@ -15,6 +15,7 @@ from pinaivu_node.mesh.mesh import (
     Delivery,
     FrameStream,
     Mesh,
+    MeshError,
     PeerConnected,
     PeerLost,
     PeerUnreachable,
@@ -37,6 +38,24 @@ async def echo(stream: FrameStream) -> None:
             await stream.send(await stream.receive())
     except StreamEnded:
         await stream.end()
+
+
+async def frames_until(error: type[MeshError], stream: FrameStream) -> list[bytes]:
+    """What arrives before this error, which must come."""
+    frames: list[bytes] = []
+    try:
+        while True:
+            frames.append(await stream.receive())
+    except error:
+        return frames
+
+
+async def send_until_lost(stream: FrameStream, size: int) -> None:
+    try:
+        while True:
+            await stream.send(bytes(size))
+    except StreamLost:
+        pass
 
 
 async def hear(publisher: Mesh, inbox: AsyncIterator[Delivery], prefix: bytes) -> Delivery:
@@ -194,12 +213,8 @@ class TestStreams:
 
     async def test_end_comes_after_all_frames_and_the_other_direction_goes_on(self, network, clock):
         async def count_then_answer(stream: FrameStream) -> None:
-            count = 0
-            with pytest.raises(StreamEnded):
-                while True:
-                    await stream.receive()
-                    count += 1
-            await stream.send(b"%d" % count)
+            frames = await frames_until(StreamEnded, stream)
+            await stream.send(b"%d" % len(frames))
             await stream.end()
 
         async with network.join("server") as server, network.join("client") as client:
@@ -229,10 +244,7 @@ class TestStreams:
             await stream.send(b"go")
             with pytest.raises(StreamLost):
                 await stream.receive()
-            with pytest.raises(StreamLost):
-                for _ in range(100):
-                    await stream.send(b"anybody?")
-                    await trio.testing.wait_all_tasks_blocked(0.01)
+            await send_until_lost(stream, 100)
 
     async def test_returning_without_end_is_lost(self, network, clock):
         async def leave(stream: FrameStream) -> None:
@@ -265,10 +277,12 @@ class TestStreams:
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(send)
-                with pytest.raises(StreamEnded):
+                try:
                     while True:
                         with trio.move_on_after(0.0005):
                             received.append(int(await stream.receive()))
+                except StreamEnded:
+                    pass
             assert received == accepted
             assert len(accepted) == 200
             assert client.peers() == {server.peer_id}
@@ -310,9 +324,14 @@ class TestStreams:
         async with network.join("server", config) as server, network.join("client") as client:
             server.handle(ECHO, wait)
             await client.dial(server.addresses[0])
-            with pytest.raises(PeerUnreachable):
-                for _ in range(32):
+            opened = 0
+            try:
+                while opened < 32:
                     await client.open(server.peer_id, ECHO)
+                    opened += 1
+            except PeerUnreachable:
+                pass
+            assert opened <= 16
             assert server.statistics().peers_dropped == 1
 
     async def test_a_slow_reader_makes_its_writer_wait_and_nobody_else(self, network, clock):
@@ -351,9 +370,8 @@ class TestStreams:
             server.handle(ECHO, never_read)
             await client.dial(server.addresses[0])
             stream = await client.open(server.peer_id, ECHO)
-            with caplog.at_level(logging.WARNING), pytest.raises(StreamLost):
-                while True:
-                    await stream.send(bytes(10_000))
+            with caplog.at_level(logging.WARNING):
+                await send_until_lost(stream, 10_000)
             assert client.statistics().peers_dropped == 1
             if clock is None:
                 assert caplog.text.count("read nothing") == 1

@@ -14,7 +14,7 @@ def test_golden_bytes():
     assert encode_frame(b"hi") == bytes.fromhex("03006869")
     assert encode_frame(bytes(127)) == bytes.fromhex("800100") + bytes(127)
     assert encode_frame(bytes(MAX_FRAME_BYTES))[:4] == bytes.fromhex("81804000")
-    assert END_FRAME == bytes.fromhex("0101")
+    assert bytes.fromhex("0101") == END_FRAME
 
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.integers(1, 50))

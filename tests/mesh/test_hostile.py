@@ -75,6 +75,7 @@ async def test_five_thousand_streams_of_one_peer(victim, attacks):
     await assert_served(victim)
 
 
+@pytest.mark.live
 async def test_a_peer_that_never_reads(victim, attacks):
     complaints = victim.log.count("dropped")
     frame = b"\x81\x80\x04\x00" + bytes(65536)
@@ -113,6 +114,7 @@ async def test_garbage_in_yamux_frames(victim, attacks):
     await assert_served(victim)
 
 
+@pytest.mark.live
 async def test_three_hundred_connections_one_after_another(victim, attacks):
     """The stock limiter refuses for ever after 250."""
     await attacks.connections_one_after_another(victim.address, 300)

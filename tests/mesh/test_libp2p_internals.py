@@ -1,4 +1,4 @@
-"""Fails when an upgrade of libp2p moves something that `mesh/libp2p/internals.py` reaches for."""
+"""Fails when an upgrade of libp2p moves something that `mesh/libp2p/` reaches for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from nacl.signing import SigningKey
 
 from pinaivu_node.mesh.config import MeshConfig
-from pinaivu_node.mesh.libp2p import internals
+from pinaivu_node.mesh.libp2p import gossip, transport
+from pinaivu_node.mesh.libp2p import host as libp2p_host
 from pinaivu_node.protocol.ids import peer_id_of
 
 
 @pytest.fixture
 def host():
-    return internals.make_host(
+    return libp2p_host.make_host(
         os.urandom(32),
         MeshConfig(),
         gate=lambda _peer: True,
@@ -26,7 +27,7 @@ def host():
 
 
 def test_the_version_is_the_one_that_was_read():
-    assert importlib.metadata.version("libp2p") == internals.LIBP2P_VERSION
+    assert importlib.metadata.version("libp2p") == libp2p_host.LIBP2P_VERSION
 
 
 async def test_only_noise_and_yamux_are_offered_and_accepted(host):
@@ -37,14 +38,14 @@ async def test_only_noise_and_yamux_are_offered_and_accepted(host):
 
 async def test_the_identity_is_that_of_the_signing_key():
     seed = bytes(range(32))
-    host = internals.make_host(
+    host = libp2p_host.make_host(
         seed, MeshConfig(), gate=lambda _peer: True, fault=lambda _peer, _reason: None
     )
     assert str(host.get_id()) == peer_id_of(bytes(SigningKey(seed).verify_key))
 
 
 async def test_everything_replaced_in_the_swarm_is_there_to_replace(host):
-    stock = internals.new_host().get_network()
+    stock = libp2p_host.new_host().get_network()
     for name in (
         "_inbound_limiter",
         "_handle_inbound_connection",
@@ -58,7 +59,7 @@ async def test_everything_replaced_in_the_swarm_is_there_to_replace(host):
         "register_notifee",
     ):
         assert hasattr(stock, name), name
-    assert hasattr(internals.swarm_module, "_HAPPY_EYEBALLS_DELAY")
+    assert hasattr(libp2p_host.swarm_module, "_HAPPY_EYEBALLS_DELAY")
     assert hasattr(host, "_swarm_stream_handler")
     assert callable(stock._negative_peer_cache.evict)
     # The listener looks the handler up on the instance; bound early, ours would never run.
@@ -66,7 +67,7 @@ async def test_everything_replaced_in_the_swarm_is_there_to_replace(host):
 
 
 def test_everything_overridden_in_yamux_is_called_by_it():
-    source = inspect.getsource(internals.Yamux)
+    source = inspect.getsource(transport.Yamux)
     for call in (
         "self._measure_rtt_loop",
         "self._read_data_body(",
@@ -79,7 +80,7 @@ def test_everything_overridden_in_yamux_is_called_by_it():
         "self.event_closed",
     ):
         assert call in source, call
-    stream = inspect.getsource(internals.YamuxStream)
+    stream = inspect.getsource(transport.YamuxStream)
     for name in (
         "await self._auto_tune_and_send_window_update(bytes_read=",
         "self._pending_recv_release",
@@ -92,7 +93,7 @@ def test_everything_overridden_in_yamux_is_called_by_it():
 
 
 def test_everything_overridden_in_pubsub_is_called_by_it():
-    source = inspect.getsource(internals.Pubsub)
+    source = inspect.getsource(gossip.Pubsub)
     for call in (
         "self.push_msg",
         "self.handle_sending_messages, peer_id, stream, queue",
@@ -109,17 +110,17 @@ def test_everything_overridden_in_pubsub_is_called_by_it():
 
 
 async def test_gossip_sequence_numbers_grow_over_a_restart(host):
-    first, _ = internals.make_pubsub(host, MeshConfig())
+    first, _ = gossip.make_pubsub(host, MeshConfig())
     for _ in range(300):
         first._next_seqno()
-    again, _ = internals.make_pubsub(host, MeshConfig())
+    again, _ = gossip.make_pubsub(host, MeshConfig())
     assert again._next_seqno() > first._next_seqno()
     for pubsub in (first, again):
         pubsub.seen_messages.stop()
 
 
 async def test_dials_are_not_delayed_and_inbound_connections_not_counted_for_ever(host):
-    assert internals.swarm_module._HAPPY_EYEBALLS_DELAY == 0
+    assert libp2p_host.swarm_module._HAPPY_EYEBALLS_DELAY == 0
     assert host.get_network()._inbound_limiter.total_tokens == float("inf")
     assert host.get_network()._resource_manager is None
 
@@ -127,7 +128,9 @@ async def test_dials_are_not_delayed_and_inbound_connections_not_counted_for_eve
 def test_libp2p_is_silenced_without_touching_the_root_logger():
     root = logging.getLogger()
     before = list(root.handlers)
-    internals.silence()
-    internals.swarm_connection_module.logging.debug("through the module that uses the root logger")
+    libp2p_host.silence()
+    libp2p_host.swarm_connection_module.logging.debug(
+        "through the module that uses the root logger"
+    )
     assert root.handlers == before
     assert not logging.getLogger("libp2p.network.swarm").isEnabledFor(logging.WARNING)

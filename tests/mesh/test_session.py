@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -75,7 +76,7 @@ async def test_a_session_over_which_the_peer_hangs_up_is_retried_with_growing_de
         mesh.keep(theirs.addresses[0])
         with trio.move_on_after(60):
             await keep_session(mesh, theirs.peer_id, PROTOCOL, greeter, dice=lambda: 0.0)
-    gaps = [later - sooner for sooner, later in zip(greeter.started_at, greeter.started_at[1:])]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(greeter.started_at)]
     assert gaps == pytest.approx(sorted(gaps))
     assert 1.0 <= gaps[-1] <= 1.2
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
@@ -18,7 +16,9 @@ from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.counters import Counters
 from pinaivu_node.mesh.framing import check_frame_size
 from pinaivu_node.mesh.inbox import Inbox
-from pinaivu_node.mesh.libp2p import internals
+from pinaivu_node.mesh.libp2p import gossip
+from pinaivu_node.mesh.libp2p import host as libp2p_host
+from pinaivu_node.mesh.libp2p.listening import Notifee, refuse_taken_port
 from pinaivu_node.mesh.libp2p.stream import Libp2pFrameStream
 from pinaivu_node.mesh.mesh import (
     Delivery,
@@ -50,9 +50,9 @@ async def open_libp2p_mesh(config: MeshConfig, *, seed: bytes) -> AsyncIterator[
     Raises MeshError if an address cannot be listened on.  Closes the mesh on leaving; what the
     block raises comes out as it was raised.
     """
-    internals.silence()
+    libp2p_host.silence()
     for address in config.listen:
-        _refuse_taken_port(address)
+        refuse_taken_port(address)
     mesh = Libp2pMesh(config, seed)
     failure: BaseException | None = None
     async with mesh.running():
@@ -64,24 +64,6 @@ async def open_libp2p_mesh(config: MeshConfig, *, seed: bytes) -> AsyncIterator[
         raise failure
 
 
-def _refuse_taken_port(address: str) -> None:
-    """MeshError if somebody listens there: libp2p shares the port with it and says nothing."""
-    parts = address.split("/")
-    if len(parts) < 5 or parts[1] not in {"ip4", "ip6"} or parts[3] != "tcp":
-        raise MeshError(f"cannot listen on {address!r}: write it like /ip4/0.0.0.0/tcp/4001")
-    family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # With it a port in TIME_WAIT is free, and one that is listened on is still taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((parts[2], int(parts[4])))
-            probe.listen(1)
-        except (OSError, OverflowError, ValueError) as exc:
-            taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
-            reason = "the port is taken by another process" if taken else str(exc)
-            raise MeshError(f"cannot listen on {address}: {reason}") from exc
-
-
 class Libp2pMesh:
     """See `Mesh`.  Made by `open_libp2p_mesh`."""
 
@@ -90,10 +72,10 @@ class Libp2pMesh:
         self._book = PeerBook(
             max_held=config.max_held_per_peer, gossip_per_second=config.max_gossip_per_second
         )
-        self._host = internals.make_host(seed, config, gate=self._admits, fault=self.hang_up)
+        self._host = libp2p_host.make_host(seed, config, gate=self._admits, fault=self.hang_up)
         self._swarm = self._host.get_network()
         self._peer_id = PeerId(str(self._host.get_id()))
-        self._pubsub, self._router = internals.make_pubsub(self._host, config)
+        self._pubsub, self._router = gossip.make_pubsub(self._host, config)
         self._pubsub.deliver = self._deliver
         self._pubsub.admits = self._admits_gossip
         self._pubsub.fault = self.hang_up
@@ -108,13 +90,15 @@ class Libp2pMesh:
         self._closed = False
         self._nursery: trio.Nursery
         self._redialer: Redialer
-        self._swarm.register_notifee(_Notifee(self._on_connected, self._on_disconnected))
-        internals.guard_streams(self._host, self._serve_inbound)
+        self._swarm.register_notifee(Notifee(self._on_connected, self._on_disconnected))
+        libp2p_host.guard_streams(self._host, self._serve_inbound)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run host, gossip and our own tasks while the block does; close on leaving."""
-        async with internals.run_host(self._host, self._pubsub, self._router, self._config.listen):
+        async with libp2p_host.run_host(
+            self._host, self._pubsub, self._router, self._config.listen
+        ):
             if self._config.listen and not self.addresses:
                 raise MeshError(f"cannot listen on {', '.join(self._config.listen)}")
             async with trio.open_nursery() as self._nursery:
@@ -177,7 +161,7 @@ class Libp2pMesh:
                             await self._pubsub.unsubscribe(topic)
 
     def _deliver(self, message: Any) -> None:
-        publisher = internals.publisher_of(message)
+        publisher = gossip.publisher_of(message)
         if publisher == self._peer_id:
             return
         self._counters.gossip_received += 1
@@ -219,7 +203,7 @@ class Libp2pMesh:
         """In a task of its own, so that no caller's cancellation reaches libp2p."""
         try:
             with trio.fail_after(self._config.open_timeout):
-                stream = await internals.open_stream(self._host, peer, protocol)
+                stream = await libp2p_host.open_stream(self._host, peer, protocol)
         except trio.TooSlowError:
             self.hang_up(peer, f"it did not open a stream in {self._config.open_timeout:g} s")
             promise.fail(PeerUnreachable(f"{peer} did not open {protocol} in time"))
@@ -231,7 +215,7 @@ class Libp2pMesh:
     def _adopt(self, libp2p_stream: Any) -> Libp2pFrameStream:
         stream = Libp2pFrameStream(
             libp2p_stream,
-            internals.peer_of(libp2p_stream),
+            libp2p_host.peer_of(libp2p_stream),
             counters=self._counters,
             book=self._book,
             stall_limit=self._config.stall_limit,
@@ -251,7 +235,7 @@ class Libp2pMesh:
         self, stream: Any, stock_handler: Callable[[Any], Awaitable[None]]
     ) -> None:
         """Every inbound stream of every protocol passes here, and no exception gets out."""
-        peer = internals.peer_of(stream)
+        peer = libp2p_host.peer_of(stream)
         count = self._book.open_stream(peer)
         try:
             if count > self._config.max_streams_per_peer:
@@ -259,11 +243,11 @@ class Libp2pMesh:
             elif self._admits(peer):
                 await stock_handler(stream)
         except Exception as exc:  # noqa: BLE001 - the guard; whatever a peer can cause
-            if not internals.is_ordinary_end(exc):
+            if not libp2p_host.is_ordinary_end(exc):
                 self.hang_up(peer, f"a stream of it broke our handler: {exc!r}")
         finally:
             self._book.close_stream(peer)
-            await internals.dismiss(stream)
+            await libp2p_host.dismiss(stream)
 
     # --- peers ------------------------------------------------------------------------------------
 
@@ -283,9 +267,9 @@ class Libp2pMesh:
 
     async def _dial(self, location: str, peer: PeerId, promise: Promise[PeerId]) -> None:
         try:
-            internals.forget_failure(self._host, peer)
+            libp2p_host.forget_failure(self._host, peer)
             with trio.fail_after(self._config.dial_timeout):
-                await internals.dial(self._host, location, peer)
+                await libp2p_host.dial(self._host, location, peer)
         except trio.TooSlowError:
             promise.fail(PeerUnreachable(f"{location} did not answer in time"))
         except Exception as exc:  # noqa: BLE001 - libp2p raises anything here
@@ -334,25 +318,25 @@ class Libp2pMesh:
 
     def _kill_connections(self, peer: PeerId) -> None:
         for connection in self._connections_of(peer):
-            self._start(internals.kill_connection, connection)
+            self._start(libp2p_host.kill_connection, connection)
 
     def _connections_of(self, peer: PeerId) -> list[Any]:
-        return [known for known in self._connections if internals.peer_of(known) == peer]
+        return [known for known in self._connections if libp2p_host.peer_of(known) == peer]
 
     async def _close_politely(self, connection: Any) -> None:
         # Killed by another task: a close that hangs holds locks, and heeds no cancellation.
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_kill_later, connection)
-            await internals.close_connection(connection)
+            await libp2p_host.close_connection(connection)
             nursery.cancel_scope.cancel()
 
     def _on_connected(self, connection: Any) -> None:
         self._connections.add(connection)
-        self._presence.connect(internals.peer_of(connection))
+        self._presence.connect(libp2p_host.peer_of(connection))
 
     def _on_disconnected(self, connection: Any) -> None:
         if connection in self._connections:  # a connection that was refused was never announced
-            peer = internals.peer_of(connection)
+            peer = libp2p_host.peer_of(connection)
             self._connections.discard(connection)
             self._presence.disconnect(peer)
             if peer not in self._presence:
@@ -380,38 +364,10 @@ class Libp2pMesh:
 
 async def _kill_later(connection: Any) -> None:
     await trio.sleep(_GOODBYE)
-    await internals.kill_connection(connection)
+    await libp2p_host.kill_connection(connection)
 
 
 def _innermost(exc: BaseException) -> BaseException:
     while exc.__cause__ is not None:
         exc = exc.__cause__
     return exc
-
-
-class _Notifee:
-    """What the swarm tells; it must never wait, or it holds up the connection it tells of."""
-
-    def __init__(
-        self, connected: Callable[[Any], None], disconnected: Callable[[Any], None]
-    ) -> None:
-        self._connected = connected
-        self._disconnected = disconnected
-
-    async def connected(self, _network: Any, connection: Any) -> None:
-        self._connected(connection)
-
-    async def disconnected(self, _network: Any, connection: Any) -> None:
-        self._disconnected(connection)
-
-    async def opened_stream(self, _network: Any, _stream: Any) -> None:
-        """Nothing to us."""
-
-    async def closed_stream(self, _network: Any, _stream: Any) -> None:
-        """Nothing to us."""
-
-    async def listen(self, _network: Any, _address: Any) -> None:
-        """Nothing to us."""
-
-    async def listen_close(self, _network: Any, _address: Any) -> None:
-        """Nothing to us."""

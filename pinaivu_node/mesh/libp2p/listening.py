@@ -1,0 +1,58 @@
+"""Listening: to a port that is ours alone, and to what the swarm tells."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from pinaivu_node.mesh.mesh import MeshError
+
+
+def refuse_taken_port(address: str) -> None:
+    """MeshError if somebody listens there: libp2p shares the port with it and says nothing."""
+    parts = address.split("/")
+    if len(parts) < 5 or parts[1] not in {"ip4", "ip6"} or parts[3] != "tcp":
+        raise MeshError(f"cannot listen on {address!r}: write it like /ip4/0.0.0.0/tcp/4001")
+    family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # With it a port in TIME_WAIT is free, and one that is listened on is still taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parts[2], int(parts[4])))
+            probe.listen(1)
+        except (OSError, OverflowError, ValueError) as exc:
+            taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+            reason = "the port is taken by another process" if taken else str(exc)
+            raise MeshError(f"cannot listen on {address}: {reason}") from exc
+
+
+class Notifee:
+    """What the swarm tells; it must never wait, or it holds up the connection it tells of."""
+
+    def __init__(
+        self, connected: Callable[[Any], None], disconnected: Callable[[Any], None]
+    ) -> None:
+        self._connected = connected
+        self._disconnected = disconnected
+
+    async def connected(self, _network: Any, connection: Any) -> None:
+        """A connection is up, its peer proven."""
+        self._connected(connection)
+
+    async def disconnected(self, _network: Any, connection: Any) -> None:
+        """A connection is gone, or was refused before it was announced."""
+        self._disconnected(connection)
+
+    async def opened_stream(self, _network: Any, _stream: Any) -> None:
+        """Nothing to us."""
+
+    async def closed_stream(self, _network: Any, _stream: Any) -> None:
+        """Nothing to us."""
+
+    async def listen(self, _network: Any, _address: Any) -> None:
+        """Nothing to us."""
+
+    async def listen_close(self, _network: Any, _address: Any) -> None:
+        """Nothing to us."""
