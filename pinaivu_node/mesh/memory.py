@@ -219,25 +219,17 @@ class MemoryNetwork:
 
     def gossip(self, publisher: PeerId, topic: Topic, payload: bytes) -> None:
         """Carry a message to every subscriber that a chain of connections leads to."""
-        delivery = Delivery(publisher, payload)
-        for peer in self._reached_by(publisher):
-            mesh = self._meshes[peer]
-            if topic in mesh.inboxes and not (self._gossip_loss and self._is_lost()):
-                self.after(self.latency(publisher, peer), mesh.deliver, topic, delivery)
-
-    def _is_lost(self) -> bool:
-        return self._random.random() < self._gossip_loss
-
-    def _reached_by(self, publisher: PeerId) -> tuple[PeerId, ...]:
         if publisher not in self._reach:
-            self._find_neighbourhood(publisher)
-        return tuple(peer for peer in self._reach[publisher] if peer != publisher)
-
-    def _find_neighbourhood(self, publisher: PeerId) -> None:
-        edges = [wire.ends for wire in self._wires.values() if wire.is_whole]
-        reached = reachable_from(publisher, edges)
-        for peer in reached:
-            self._reach[peer] = reached
+            edges = [wire.ends for wire in self._wires.values() if wire.is_whole]
+            reached = reachable_from(publisher, edges)
+            self._reach.update(dict.fromkeys(reached, reached))
+        delivery = Delivery(publisher, payload)
+        for peer in self._reach[publisher]:
+            mesh = self._meshes[peer]
+            if peer == publisher or topic not in mesh.inboxes:
+                continue
+            if not self._gossip_loss or self._random.random() >= self._gossip_loss:
+                self.after(self.latency(publisher, peer), mesh.deliver, topic, delivery)
 
 
 class MemoryMesh:
