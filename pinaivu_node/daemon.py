@@ -64,7 +64,11 @@ def unix_clock() -> UnixMilliseconds:
 
 
 def fetch_models(settings: ProviderSettings, *, console: Console) -> None:
-    """Pull what `start` needs and is not here; blocks, with bars."""
+    """Pull what `start` needs and is not here; blocks, with bars.
+
+    The cheap check comes first: nobody fetches a gigabyte to learn of a missing flag.
+    """
+    _coordinator_of(settings)
     if settings.engine == "torch":
         pull_missing(settings.models_folder, settings.model, console=console)
 

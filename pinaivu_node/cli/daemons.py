@@ -235,6 +235,23 @@ _daemon_command("drain", "Take no new jobs; finish the running ones.")
 _daemon_command("resume", "Take jobs again.")
 
 
+@app.command()
+def accounts(
+    *,
+    home: Annotated[Path, typer.Option(help="The coordinator's home.")] = DATA_FOLDER
+    / "coordinator",
+    as_json: Json = False,
+) -> None:
+    """Every account of the coordinator's ledger, in NanoX; they sum to zero."""
+    from pinaivu_node import control
+
+    answer = control.ask(control.socket_path(home), "accounts")
+    if as_json:
+        print_json(answer)
+    else:
+        show_mapping(answer)
+
+
 @app.command(epilog="Example: `pinaivu-node deposit 12D3KooW… 5000000000 --home …`")
 def deposit(
     peer: Annotated[str, typer.Argument(help="The gateway's PeerID.")],

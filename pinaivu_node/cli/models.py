@@ -72,6 +72,13 @@ def pull_model(
     screen.print(f"{model.name} is in {model.folder}\n{model.digest}", soft_wrap=True)
 
 
+@models_app.command("verify")
+def verify_model(name: str, *, models_folder: ModelsFolder = None) -> None:
+    """Read every byte of a model again and compare it with its digests."""
+    model = _store(models_folder).verify(name)
+    screen.print(f"{model.name} is whole: {model.digest}", soft_wrap=True)
+
+
 @models_app.command("rm")
 def remove_model(name: str, *, models_folder: ModelsFolder = None) -> None:
     """Remove a model from this machine."""
