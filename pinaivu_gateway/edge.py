@@ -84,8 +84,6 @@ class Edge:
     ) -> Problem | None:
         try:
             if scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":
-                if self._gateway.is_stopping:
-                    return STOPPING
                 context.key = await self._authenticate(Headers(scope=scope))
             await self._routes(scope, receive, tap)
         except RequestRefused as refused:
@@ -96,19 +94,22 @@ class Edge:
             return http_problem(exc.status_code, method=method, path=path, headers=headers)
         except ClientGone:
             return None
-        except StoreError as exc:
-            logger.warning("cannot authenticate: %s", exc)
-            return _STORE_AWAY
         except Exception:
             logger.exception("request %s failed", context.request_id)
             return BUG
         return None
 
     async def _authenticate(self, headers: Headers) -> ApiKey:
+        if self._gateway.is_stopping:
+            raise RequestRefused(STOPPING)
         given = bearer_untrusted(headers.get("authorization"))
         if given is None:
             raise RequestRefused(NO_KEY)
-        key = await self._gateway.keyring.find(given)
+        try:
+            key = await self._gateway.keyring.find(given)
+        except StoreError as exc:
+            logger.warning("cannot authenticate: %s", exc)
+            raise RequestRefused(_STORE_AWAY) from exc
         if key is None:
             raise RequestRefused(WRONG_KEY)
         return key

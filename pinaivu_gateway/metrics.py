@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pinaivu_gateway.jobs import JobError, Market
+from pinaivu_gateway.usage_log import UsageLog
 from pinaivu_node.mesh.mesh import Mesh
 
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -36,7 +37,7 @@ class _Snapshot(Collector):
 class Metrics:
     """The counters of the HTTP side, and at its side the market's and the mesh's."""
 
-    def __init__(self, market: Market, mesh: Mesh | None) -> None:
+    def __init__(self, market: Market, mesh: Mesh | None, usage: UsageLog) -> None:
         self.registry: Final = CollectorRegistry()
 
         def counter(name: str, words: str, *labels: str) -> Counter:
@@ -51,13 +52,13 @@ class Metrics:
         self._job_errors: Final = counter("job_errors", "Jobs that failed, by error", "error")
         self._tokens: Final = counter("tokens", "Tokens of finished jobs", "kind")
         self.failovers: Final = counter("failovers", "Providers that failed before the answer came")
-        self.usage_dropped: Final = counter("usage_dropped", "Usage rows lost to a full queue")
         self.first_token: Final = seconds("first_token", "Request to first token")
         self.duration: Final = seconds("duration", "Request to last token")
         self.streams: Final = Gauge(
             "pinaivu_gateway_requests_running", "Jobs being answered now", registry=self.registry
         )
         self.registry.register(_Snapshot("pinaivu_market", market.statistics))
+        self.registry.register(_Snapshot("pinaivu_gateway_usage", usage.statistics))
         if mesh is not None:
             self.registry.register(_Snapshot("pinaivu_mesh", mesh.statistics))
 

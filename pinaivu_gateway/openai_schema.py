@@ -231,7 +231,7 @@ class CompletionRequest(_Generation):
     ]
 
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+R = TypeVar("R", bound=_Generation)
 
 # What is refused, unless its value asks for nothing: parameter → whether it does.
 _NOT_OFFERED: Final[Mapping[str, Callable[[Any], bool]]] = {

@@ -1,0 +1,124 @@
+"""A gateway from end to end: its database, its place in the market, its HTTP listener."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pinaivu_gateway.app import gateway_app
+from pinaivu_gateway.config import ConfigError, GatewaySettings, HttpConfig
+from pinaivu_gateway.context import Gateway
+from pinaivu_gateway.http_server import base_url, bind, open_http
+from pinaivu_gateway.jobs import Market
+from pinaivu_gateway.keyring import Keyring
+from pinaivu_gateway.market import MarketConfig, open_market
+from pinaivu_gateway.metrics import Metrics
+from pinaivu_gateway.store import RunSync, Store, open_store
+from pinaivu_gateway.usage_log import UsageLog
+from pinaivu_node.mesh.mesh import Mesh
+from pinaivu_node.protocol.ids import PeerId, UnixMilliseconds, public_key_of
+from pinaivu_node.protocol.signing import Signer
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], UnixMilliseconds]
+OWNER_ONLY: Final = 0o700
+
+
+def unix_clock() -> UnixMilliseconds:
+    """Now, in milliseconds since the epoch."""
+    return UnixMilliseconds(time.time_ns() // 1_000_000)
+
+
+async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
+    mesh: Mesh,
+    signer: Signer,
+    settings: GatewaySettings,
+    *,
+    clock: Clock = unix_clock,
+    stop: trio.Event | None = None,
+    run_sync: RunSync | None = None,
+    task_status: TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `stop` is set, then finish what runs; or until cancelled, which cuts it.
+
+    Starts with the base URL for OpenAI's clients.  `run_sync` does one blocking call of the
+    database; by default in a thread.  Raises ConfigError, ListenError, StoreError.
+    """
+    coordinator = coordinator_of(settings)
+    settings.home.mkdir(parents=True, exist_ok=True, mode=OWNER_ONLY)
+    listener = bind(settings.listen)
+    try:
+        async with (
+            open_store(settings.database_url, run_sync=run_sync) as store,
+            open_market(mesh, signer, coordinator, store, MarketConfig(), clock=clock) as market,
+        ):
+            await serve_http(
+                market,
+                store,
+                listener,
+                settings.http,
+                mesh=mesh,
+                clock=clock,
+                stop=stop,
+                task_status=task_status,
+            )
+    finally:
+        listener.close()
+
+
+async def serve_http(  # noqa: PLR0913 - what the routes need
+    market: Market,
+    store: Store,
+    listener: socket.socket,
+    config: HttpConfig,
+    *,
+    mesh: Mesh | None = None,
+    clock: Clock = unix_clock,
+    stop: trio.Event | None = None,
+    task_status: TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """The HTTP side alone, on any market; as `serve_gateway`."""
+    usage = UsageLog(store)
+    gateway = Gateway(
+        market=market,
+        keyring=Keyring(store),
+        usage=usage,
+        metrics=Metrics(market, mesh, usage),
+        config=config,
+        clock=clock,
+        entropy=secrets.token_bytes,
+        started_at=clock(),
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(usage.run)
+        async with open_http(gateway_app(gateway), listener, config) as server:
+            url = base_url(listener)
+            logger.info("serving OpenAI's API at %s", url)
+            task_status.started(url)
+            await (stop or trio.Event()).wait()
+            gateway.is_stopping = True
+            await server.drain()
+        nursery.cancel_scope.cancel()
+
+
+def coordinator_of(settings: GatewaySettings) -> str:
+    """The coordinator's multiaddr.  Raises ConfigError if it is missing or names no peer."""
+    address = settings.coordinator or ""
+    try:
+        public_key_of(PeerId(address.rpartition("/p2p/")[2]))
+    except ValueError as exc:
+        raise ConfigError(
+            "which coordinator? Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set "
+            f"`coordinator` in {settings.home / 'config.toml'}"
+        ) from exc
+    return address
