@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pinaivu_node.coordinator.auction import AuctionResult, decide, open_bid_set_untrusted
+from pinaivu_node.coordinator.settlement import vouchered_output
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import MILLION, Digest, PeerId, RequestId, digest_of
 from pinaivu_node.protocol.market import AuctionRecord, Bid, Delivery, Outcome, Proof, SegmentReport
 from pinaivu_node.protocol.merkle import tree_root
-from pinaivu_node.protocol.money import TokenUsage, cost
+from pinaivu_node.protocol.money import cost
 from pinaivu_node.protocol.receipt import Receipt, ReceiptSegment
 from pinaivu_node.protocol.signing import Envelope, open_untrusted
 from pinaivu_node.protocol.wire import encode_body
@@ -160,12 +161,11 @@ def _counts(
 def _smaller_count(segment: ReceiptSegment, report: SegmentReport, proof: Proof | None) -> Check:
     claims = [report.usage] + ([proof.usage] if proof else [])
     billed = segment.usage
-    bound = TokenUsage(
-        input=max(0, min(claim.prompt for claim in claims)),
-        cached_input=max(claim.cached_input for claim in claims),
-        output=min(claim.output for claim in claims),
-    )
-    within = billed.prompt <= bound.input and billed.output <= bound.output
+    # Signing a voucher admits its tokens, even to a gateway that then reports fewer.
+    admitted = max(report.usage.output, vouchered_output(proof) if proof else 0)
+    most_output = min(admitted, proof.usage.output) if proof else admitted
+    most_prompt = min(claim.prompt for claim in claims)
+    within = billed.prompt <= most_prompt and billed.output <= most_output
     who = "provider and gateway agree" if len(set(claims)) == 1 else "the smaller of two counts"
     return _holds("token counts", within, f"{billed.prompt} prompt, {billed.output} output; {who}")
 

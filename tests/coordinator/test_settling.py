@@ -50,6 +50,7 @@ from pinaivu_node.protocol.receipt import (
 from pinaivu_node.protocol.signing import Envelope, open_untrusted
 from pinaivu_node.protocol.topics import LOG
 from pinaivu_node.protocol.wire import decode_untrusted, encode
+from pinaivu_node.verification import Evidence, Expectation, Verdict, verify
 
 LONG = {"deadline": START + 3_000_000}
 
@@ -178,6 +179,40 @@ async def test_statements_that_do_not_belong_to_the_job_are_ignored(town, autoju
     await provider.state(make_proof(award.tokens[0], provider.signer))
     await gateway.state(make_delivery(gateway.peer_id, make_report(provider.peer_id)))
     assert (await receipt_of(town, gateway)).amount == 120_000
+
+
+STATEMENTS = {
+    "both agree": (USAGE, USAGE, None),
+    "the gateway says less": (USAGE, ZERO_USAGE, None),
+    "the gateway says less than it vouched for": (USAGE, ZERO_USAGE, 32),
+    "no proof": (None, USAGE, None),
+    "no delivery": (USAGE, None, 32),
+    "nothing": (None, None, None),
+    "too much": (USAGE.model_copy(update={"output": 999}),) * 2 + (None,),
+}
+
+
+@pytest.mark.parametrize(("proven", "reported", "voucher"), STATEMENTS.values(), ids=STATEMENTS)
+async def test_every_receipt_stands_up_to_its_verification(
+    town, autojump_clock, proven, reported, voucher
+):
+    provider, gateway = await town.provider("one"), await town.gateway()
+    award = await awarded(gateway, deadline=START + 10_000)
+    if proven is not None:
+        vouched = voucher and make_voucher(gateway.signer, provider.peer_id, voucher)
+        proof = make_proof(award.tokens[0], provider.signer, usage=proven, voucher=vouched)
+        await provider.state(proof)
+    if reported is not None:
+        report = make_report(provider.peer_id, usage=reported)
+        await gateway.state(make_delivery(gateway.peer_id, report))
+    await gateway.heard(Envelope)
+    stream = await (await town.join("anyone")).open(town.peer_id, LOG)
+    reply = await asked(stream, ReceiptRequest(request_id=request_id()))
+    leaves = (await asked(stream, BidSetRequest(request_id=request_id()))).leaves
+    evidence = Evidence(reply.receipt, reply.proofs, reply.delivery, leaves)
+    checks = list(verify(evidence, Expectation(request_id(), town.peer_id)))
+    assert len(checks) >= 8
+    assert [check for check in checks if check.verdict is Verdict.FAILS] == []
 
 
 # --- restarts -------------------------------------------------------------------------------------
