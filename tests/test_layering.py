@@ -46,7 +46,8 @@ PURE = {
     "pinaivu_node.protocol": ["*"],
     "pinaivu_node.mesh": ["mesh", "peers", "framing", "backoff", "address", "counters"],
     "pinaivu_node.coordinator": [
-        "auction", "open_auction", "reputation", "roster", "job", "settlement", "ledger",
+        "auction", "open_auction", "reputation", "roster", "job", "settlement", "ledger", "pace",
+        "refusal", "config",
     ],
     "pinaivu_node.provider": ["bidding", "dispatch", "seen", "shelf"],
     "pinaivu_node.engine": ["types", "text", "noise"],

@@ -53,8 +53,9 @@ class CoordinatorConfig(BaseModel, frozen=True, extra="forbid"):
     """At once; about 100 kB each.  At 10 ms each that is 50,000 a second."""
     max_open_jobs: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
     """Per gateway, auctions included: one gateway cannot fill the coordinator's memory."""
-    messages_per_second: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
-    """Per peer; what comes faster is read later.  Each costs about 0.1 ms."""
+    messages_per_second: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    """Per peer; what comes faster is read later.  Each costs up to 0.5 ms with its look into the
+    books, so that one peer can take a quarter of a core and no more."""
     log_requests_per_second: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     """Per peer, on the log protocol; what comes faster is answered later."""
     roster_interval_ms: Annotated[int, Field(ge=1, le=60_000)] = 50

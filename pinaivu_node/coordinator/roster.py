@@ -2,6 +2,9 @@
 
 A provider counts as full by two kinds of knowledge: what it last reported, which is up to a
 heartbeat old, and the places the coordinator has given away since, which nobody else knows.
+
+When a peer was heard is told by a clock that is never set; when a place falls back, by the one on
+the wall, which also dates the dispatch tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pinaivu_node.protocol.errors import RemoteProtocolError
-from pinaivu_node.protocol.ids import ModelName, PeerId, RequestId, UnixMilliseconds
+from pinaivu_node.protocol.ids import Milliseconds, ModelName, PeerId, RequestId, UnixMilliseconds
 from pinaivu_node.protocol.market import (
     MAX_PEER_LIST,
     Announce,
@@ -53,7 +56,7 @@ class _Member:
     peer: PeerId
     role: Role
     addresses: tuple[str, ...]
-    heard_at: UnixMilliseconds
+    heard_at: Milliseconds
     sales: dict[ModelName, _Sale] = field(default_factory=dict)
     draining: bool = False
 
@@ -71,7 +74,7 @@ class Market:
         self.left_out = 0
         """Entries that did not fit the last roster."""
 
-    def enter(self, peer: PeerId, hello: Hello, *, now: UnixMilliseconds) -> None:
+    def enter(self, peer: PeerId, hello: Hello, *, now: Milliseconds) -> None:
         """A peer is there, with nothing announced yet; RemoteProtocolError if it changes role."""
         known = self._members.get(peer)
         if known is not None and known.role != hello.role:
@@ -106,7 +109,7 @@ class Market:
         """A provider takes no more jobs, or takes them again."""
         self._provider_untrusted(peer).draining = draining
 
-    def hear(self, peer: PeerId, now: UnixMilliseconds) -> None:
+    def hear(self, peer: PeerId, now: Milliseconds) -> None:
         """Something came from this peer: it lives."""
         member = self._members.get(peer)
         if member is not None:
@@ -139,7 +142,7 @@ class Market:
         if ran:
             sale.reported = max(0, sale.reported - 1)
 
-    def silent(self, *, now: UnixMilliseconds, heartbeat_ms: int) -> list[PeerId]:
+    def silent(self, *, now: Milliseconds, heartbeat_ms: int) -> list[PeerId]:
         """Who has missed three heartbeats; they are to be made to leave."""
         limit = now - MISSED_HEARTBEATS * heartbeat_ms
         return [peer for peer, member in self._members.items() if member.heard_at < limit]

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import trio
 from market_town import DIGEST, START, make_report, request_id, signer_of
 from postgres import binaries, running_server
 
@@ -270,6 +275,25 @@ async def test_a_crash_at_any_write_leaves_the_books_whole(url):
         assert await store.receipt_reply(request_id()) is not None
         assert (await store.accounts())[gateway_account(GATEWAY)] == 970
         await check_books(store)
+
+
+async def test_a_process_that_is_killed_leaves_the_books_whole(tmp_path):
+    url = sqlite_url(tmp_path / "books.db")
+    async with open_store(url) as store:
+        await fund(store, 10**9)
+    command = [sys.executable, str(Path(__file__).with_name("busy_books.py")), url]
+    async with trio.open_nursery() as nursery:
+        run = partial(trio.run_process, stdout=subprocess.PIPE, check=False)
+        process = await nursery.start(run, command)
+        assert await process.stdout.receive_some() == b"ready\n"
+        await trio.sleep(0.2)
+        process.kill()
+    async with open_store(url) as store:
+        balances = await store.accounts()
+        assert sum(balances.values()) == 0
+        assert balances["fee"] > 10  # it was busy
+        holds = [account for account in balances if account.startswith("hold:")]
+        assert len(holds) == len(await store.open_jobs()) <= 1
 
 
 async def test_a_failing_signature_leaves_no_trace(store):
