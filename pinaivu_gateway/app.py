@@ -1,10 +1,15 @@
-"""The routes of the gateway, as one ASGI app."""
+"""The routes of the gateway as one ASGI app, and how it is served."""
 
 from __future__ import annotations
 
+import logging
+import secrets
+import socket
+import time
 from dataclasses import asdict
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import trio
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -13,14 +18,70 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pinaivu_gateway.completions import Completions
-from pinaivu_gateway.context import Gateway
+from pinaivu_gateway.config import HttpConfig
+from pinaivu_gateway.context import Clock, Gateway
 from pinaivu_gateway.edge import Edge
-from pinaivu_gateway.metrics import CONTENT_TYPE
+from pinaivu_gateway.http_server import base_url, open_http
+from pinaivu_gateway.jobs import Market
+from pinaivu_gateway.keyring import Keyring
+from pinaivu_gateway.metrics import CONTENT_TYPE, Metrics
 from pinaivu_gateway.network import NetworkPages
 from pinaivu_gateway.openai_schema import ChatRequest, CompletionRequest
 from pinaivu_gateway.receipts import ReceiptPages
+from pinaivu_gateway.store import Store
+from pinaivu_gateway.usage_log import UsageLog
+from pinaivu_node.mesh.mesh import Mesh
+from pinaivu_node.protocol.ids import UnixMilliseconds
+
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
+
+logger = logging.getLogger(__name__)
 
 CORS_MAX_AGE: Final = 600
+
+
+def unix_clock() -> UnixMilliseconds:
+    """Now, in milliseconds since the epoch."""
+    return UnixMilliseconds(time.time_ns() // 1_000_000)
+
+
+async def serve_http(  # noqa: PLR0913 - what the routes need
+    market: Market,
+    store: Store,
+    listener: socket.socket,
+    config: HttpConfig,
+    *,
+    mesh: Mesh | None = None,
+    clock: Clock = unix_clock,
+    stop: trio.Event | None = None,
+    task_status: TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the HTTP side on any market, until `stop` is set or until cancelled.
+
+    Stopped, it finishes what runs; cancelled, it cuts it.  Starts with the base URL.
+    """
+    usage = UsageLog(store)
+    gateway = Gateway(
+        market=market,
+        keyring=Keyring(store),
+        usage=usage,
+        metrics=Metrics(market, mesh, usage),
+        config=config,
+        clock=clock,
+        entropy=secrets.token_bytes,
+        started_at=clock(),
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(usage.run)
+        async with open_http(gateway_app(gateway), listener, config) as server:
+            url = base_url(listener)
+            logger.info("serving OpenAI's API at %s", url)
+            task_status.started(url)
+            await (trio.Event() if stop is None else stop).wait()
+            gateway.is_stopping = True
+            await server.drain()
+        nursery.cancel_scope.cancel()
 
 
 def gateway_app(gateway: Gateway) -> ASGIApp:

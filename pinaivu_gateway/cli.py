@@ -207,7 +207,7 @@ def _key_json(key: ApiKey) -> dict[str, Any]:
 
 
 def _now() -> Any:
-    from pinaivu_gateway.service import unix_clock
+    from pinaivu_gateway.app import unix_clock
 
     return unix_clock()
 

@@ -7,8 +7,10 @@ and one waits for the client to leave, which cancels the job, streamed or not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
 import trio
@@ -24,6 +26,7 @@ from pinaivu_gateway.jobs import (
     DeadlinePassed,
     Job,
     JobError,
+    JobEvent,
     JobFinished,
     JobOrder,
     StreamBroken,
@@ -97,6 +100,17 @@ class Completions:
             return completion_order(request, chance, limits())
         turns = chat_turns(request.messages)
         return chat_order(request, turns, chance, limits(fingerprint_chain(key.tenant, turns)))
+
+
+@contextlib.asynccontextmanager
+async def _events(job: Job) -> AsyncIterator[AsyncIterator[JobEvent]]:
+    """The job's events; if a generator makes them, it is closed and not left to the collector."""
+    events = job.events()
+    try:
+        yield events
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
 
 
 class _Answer:
@@ -192,16 +206,17 @@ class _Answer:
 
     async def _collect(self, job: Job, reply: Reply) -> None:
         texts: list[str] = []
-        async for each in job.events():
-            if isinstance(each, TextDelta):
-                texts.append(each.text)
-                self._delivered += len(each.token_ids)
-                continue
-            finish = self._finished(each)
-            whole = reply.whole("".join(texts), finish, each.usage)
-            self._is_whole = True
-            body = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
-            await send_json(self._send, 200, body, {})
+        async with _events(job) as events:
+            async for each in events:
+                if isinstance(each, TextDelta):
+                    texts.append(each.text)
+                    self._delivered += len(each.token_ids)
+                    continue
+                finish = self._finished(each)
+                whole = reply.whole("".join(texts), finish, each.usage)
+                self._is_whole = True
+                body = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
+                await send_json(self._send, 200, body, {})
 
     async def _stream(self, job: Job, reply: Reply) -> None:
         options = self._request.stream_options
@@ -212,17 +227,18 @@ class _Answer:
         )
         await self._begin_stream()
         opening = template.opening()
-        async for each in job.events():
-            if isinstance(each, TextDelta):
-                self._delivered += len(each.token_ids)
-                if each.text:
-                    await self._send_events(opening + template.text(each.text))
-                    opening = b""
-                continue
-            last = template.finish(self._finished(each), usage_of(each.usage))
-            self._is_whole = True
-            # Some clients wait for the end of the body, so it ends with the last event.
-            await self._send_events(opening + last, more=False)
+        async with _events(job) as events:
+            async for each in events:
+                if isinstance(each, TextDelta):
+                    self._delivered += len(each.token_ids)
+                    if each.text:
+                        await self._send_events(opening + template.text(each.text))
+                        opening = b""
+                    continue
+                last = template.finish(self._finished(each), usage_of(each.usage))
+                self._is_whole = True
+                # Some clients wait for the end of the body, so it ends with the last event.
+                await self._send_events(opening + last, more=False)
 
     def _finished(self, event_: JobFinished) -> str:
         self._usage = event_.usage

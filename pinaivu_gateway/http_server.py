@@ -135,6 +135,7 @@ class HttpServer:
             # One connection's end must not be everyone's.
             logger.exception("a connection failed")
         finally:
+            stream.socket.close()  # Hypercorn's own closing awaits, so a cancelled one does nothing
             self._places.release()
             self._open -= 1
             if self._accepting.cancel_called and not self._open:

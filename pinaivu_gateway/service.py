@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
-import socket
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pinaivu_gateway.app import gateway_app
-from pinaivu_gateway.config import ConfigError, GatewaySettings, HttpConfig
-from pinaivu_gateway.context import Gateway
-from pinaivu_gateway.http_server import base_url, bind, open_http
-from pinaivu_gateway.jobs import Market
-from pinaivu_gateway.keyring import Keyring
+from pinaivu_gateway.app import serve_http, unix_clock
+from pinaivu_gateway.config import ConfigError, GatewaySettings
+from pinaivu_gateway.context import Clock
+from pinaivu_gateway.http_server import bind
 from pinaivu_gateway.market import MarketConfig, open_market
-from pinaivu_gateway.metrics import Metrics
-from pinaivu_gateway.store import RunSync, Store, open_store
-from pinaivu_gateway.usage_log import UsageLog
+from pinaivu_gateway.store import RunSync, open_store
 from pinaivu_node.mesh.mesh import Mesh
-from pinaivu_node.protocol.ids import PeerId, UnixMilliseconds, public_key_of
+from pinaivu_node.protocol.ids import PeerId, public_key_of
 from pinaivu_node.protocol.signing import Signer
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus  # its stubs of trio, which libp2p installs, know no other
 
-logger = logging.getLogger(__name__)
 
-Clock = Callable[[], UnixMilliseconds]
 OWNER_ONLY: Final = 0o700
-
-
-def unix_clock() -> UnixMilliseconds:
-    """Now, in milliseconds since the epoch."""
-    return UnixMilliseconds(time.time_ns() // 1_000_000)
 
 
 async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
@@ -74,41 +58,6 @@ async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
             )
     finally:
         listener.close()
-
-
-async def serve_http(  # noqa: PLR0913 - what the routes need
-    market: Market,
-    store: Store,
-    listener: socket.socket,
-    config: HttpConfig,
-    *,
-    mesh: Mesh | None = None,
-    clock: Clock = unix_clock,
-    stop: trio.Event | None = None,
-    task_status: TaskStatus[str] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """The HTTP side alone, on any market; as `serve_gateway`."""
-    usage = UsageLog(store)
-    gateway = Gateway(
-        market=market,
-        keyring=Keyring(store),
-        usage=usage,
-        metrics=Metrics(market, mesh, usage),
-        config=config,
-        clock=clock,
-        entropy=secrets.token_bytes,
-        started_at=clock(),
-    )
-    async with trio.open_nursery() as nursery:
-        await nursery.start(usage.run)
-        async with open_http(gateway_app(gateway), listener, config) as server:
-            url = base_url(listener)
-            logger.info("serving OpenAI's API at %s", url)
-            task_status.started(url)
-            await (stop or trio.Event()).wait()
-            gateway.is_stopping = True
-            await server.drain()
-        nursery.cancel_scope.cancel()
 
 
 def coordinator_of(settings: GatewaySettings) -> str:

@@ -1,0 +1,9 @@
+"""What the tests of the gateway share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# import-mode=importlib keeps test folders off the path; some doubles are too long for a conftest.
+sys.path.insert(0, str(Path(__file__).parent))
