@@ -77,6 +77,52 @@ class Settlement:
     settled_at: UnixMilliseconds
 
 
+# Built once: putting a statement together costs more than SQLite takes to run it.
+_LOCK_ACCOUNTS: Final = (
+    sa.select(accounts.c.name, accounts.c.balance)
+    .where(accounts.c.name.in_(sa.bindparam("touched", expanding=True)))
+    .order_by(accounts.c.name)
+    .with_for_update()
+)
+_BALANCE: Final = sa.select(accounts.c.balance).where(accounts.c.name == sa.bindparam("account"))
+_JOB: Final = sa.select(jobs.c.hold).where(jobs.c.request_id == sa.bindparam("asked"))
+_RECEIPT: Final = sa.select(receipts.c.reply).where(receipts.c.request_id == sa.bindparam("asked"))
+_BID_SET: Final = sa.select(bid_sets.c.reply).where(bid_sets.c.request_id == sa.bindparam("asked"))
+_ADD_POSTINGS: Final = sa.insert(postings)
+_ADD_BID_SET: Final = sa.insert(bid_sets)
+_ADD_RECEIPT: Final = sa.insert(receipts)
+_CLOSE_JOB: Final = (
+    sa.update(jobs)
+    .where(jobs.c.request_id == sa.bindparam("closed"))
+    .values(settled_at=sa.bindparam("settled_at"))
+)
+
+
+class _Statements:
+    """Those that each database spells in its own way."""
+
+    def __init__(self, insert: Callable[[sa.Table], Any]) -> None:
+        self.add_entry: Final = (
+            insert(entries).on_conflict_do_nothing(index_elements=["key"]).returning(entries.c.id)
+        )
+        self.add_job: Final = (
+            insert(jobs)
+            .on_conflict_do_nothing(index_elements=["request_id"])
+            .returning(jobs.c.request_id)
+        )
+        self.set_balances: Final = self._upsert(insert(accounts), accounts)
+        self.set_tracks: Final = self._upsert(insert(measurements), measurements)
+        self.set_ban: Final = self._upsert(insert(bans), bans)
+
+    @staticmethod
+    def _upsert(statement: Any, table: sa.Table) -> Any:
+        keys = [column.name for column in table.primary_key]
+        rest = [column.name for column in table.columns if not column.primary_key]
+        return statement.on_conflict_do_update(
+            index_elements=keys, set_={name: statement.excluded[name] for name in rest}
+        )
+
+
 class Books:
     """One connection pool of size one."""
 
@@ -92,7 +138,7 @@ class Books:
             max_overflow=0,
             pool_pre_ping=not self.is_sqlite,  # a restarted server is noticed before it matters
         )
-        self._insert: Final[Callable[[sa.Table], Any]] = (
+        self._statements: Final = _Statements(
             sqlite.insert if self.is_sqlite else postgresql.insert
         )
         if self.is_sqlite:
@@ -122,43 +168,30 @@ class Books:
 
         Raises OverdraftError, which rolls the transaction back.
         """
-        added = connection.execute(
-            self._insert(entries)
-            .values(key=entry.key, posted_at=now)
-            .on_conflict_do_nothing(index_elements=["key"])
-            .returning(entries.c.id)
+        added: int | None = connection.execute(
+            self._statements.add_entry, {"key": entry.key, "posted_at": now}
         ).scalar_one_or_none()
         if added is None or not entry.postings:
             return added
         touched = sorted(posting.account for posting in entry.postings)
-        rows = connection.execute(
-            sa.select(accounts.c.name, accounts.c.balance)
-            .where(accounts.c.name.in_(touched))
-            .order_by(accounts.c.name)
-            .with_for_update()
-        )
+        rows = connection.execute(_LOCK_ACCOUNTS, {"touched": touched})
         after = posted({row.name: row.balance for row in rows}, entry)
         connection.execute(
-            sa.insert(postings),
+            _ADD_POSTINGS,
             [
                 {"entry_id": added, "account": posting.account, "amount": posting.amount}
                 for posting in entry.postings
             ],
         )
-        upsert = self._insert(accounts)
         connection.execute(
-            upsert.on_conflict_do_update(
-                index_elements=["name"], set_={"balance": upsert.excluded.balance}
-            ),
+            self._statements.set_balances,
             [{"name": name, "balance": after[name]} for name in touched],
         )
-        return int(added)
+        return added
 
     def balance(self, connection: sa.Connection, account: Account) -> int:
         """What an account holds; zero if it was never posted to."""
-        found = connection.execute(
-            sa.select(accounts.c.balance).where(accounts.c.name == account)
-        ).scalar_one_or_none()
+        found = connection.execute(_BALANCE, {"account": account}).scalar_one_or_none()
         return int(found or 0)
 
     def balances(self, connection: sa.Connection) -> dict[Account, int]:
@@ -170,7 +203,7 @@ class Books:
 
     def is_known(self, connection: sa.Connection, request_id: RequestId) -> bool:
         """Whether a job with this id was ever awarded."""
-        found = connection.execute(sa.select(jobs.c.hold).where(jobs.c.request_id == request_id))
+        found = connection.execute(_JOB, {"asked": request_id})
         return found.first() is not None
 
     def add_job(self, connection: sa.Connection, job: NewJob) -> None:
@@ -179,21 +212,19 @@ class Books:
         Raises OverdraftError, DuplicateJobError.
         """
         added = connection.execute(
-            self._insert(jobs)
-            .values(
-                request_id=job.request_id,
-                gateway=job.gateway,
-                hold=job.hold,
-                awarded_at=job.awarded_at,
-                award=job.award,
-            )
-            .on_conflict_do_nothing(index_elements=["request_id"])
-            .returning(jobs.c.request_id)
+            self._statements.add_job,
+            {
+                "request_id": job.request_id,
+                "gateway": job.gateway,
+                "hold": job.hold,
+                "awarded_at": job.awarded_at,
+                "award": job.award,
+            },
         )
         if added.first() is None:
             raise DuplicateJobError(job.request_id)
         self.post(connection, job.hold_entry, job.awarded_at)
-        connection.execute(sa.insert(bid_sets).values(request_id=job.request_id, reply=job.bid_set))
+        connection.execute(_ADD_BID_SET, {"request_id": job.request_id, "reply": job.bid_set})
 
     def settle(self, connection: sa.Connection, settlement: Settlement) -> bytes:
         """Capture, release, write the receipt and what was measured; the ReceiptReply.
@@ -208,14 +239,11 @@ class Books:
             raise StoreError(f"{settlement.entry.key} is posted but has no receipt")
         reply = settlement.receipt_reply(entry)
         connection.execute(
-            sa.insert(receipts).values(
-                request_id=settlement.request_id, entry_id=entry, reply=reply
-            )
+            _ADD_RECEIPT,
+            {"request_id": settlement.request_id, "entry_id": entry, "reply": reply},
         )
         connection.execute(
-            sa.update(jobs)
-            .where(jobs.c.request_id == settlement.request_id)
-            .values(settled_at=settlement.settled_at)
+            _CLOSE_JOB, {"closed": settlement.request_id, "settled_at": settlement.settled_at}
         )
         self._keep_tracks(connection, settlement.tracks)
         return reply
@@ -232,13 +260,11 @@ class Books:
 
     def receipt_reply(self, connection: sa.Connection, request_id: RequestId) -> bytes | None:
         """The encoded ReceiptReply; None while there is none."""
-        query = sa.select(receipts.c.reply).where(receipts.c.request_id == request_id)
-        return connection.execute(query).scalar_one_or_none()
+        return connection.execute(_RECEIPT, {"asked": request_id}).scalar_one_or_none()
 
     def bid_set(self, connection: sa.Connection, request_id: RequestId) -> bytes | None:
         """The encoded BidSetReply; None before the award."""
-        query = sa.select(bid_sets.c.reply).where(bid_sets.c.request_id == request_id)
-        return connection.execute(query).scalar_one_or_none()
+        return connection.execute(_BID_SET, {"asked": request_id}).scalar_one_or_none()
 
     # --- providers ----------------------------------------------------------------------------
 
@@ -255,25 +281,14 @@ class Books:
 
     def ban(self, connection: sa.Connection, peer: PeerId, until: int, reason: str) -> None:
         """Keep that a peer is banned; a later ban replaces an earlier one."""
-        values = {"until": until, "reason": reason}
-        connection.execute(
-            self._insert(bans)
-            .values(peer=peer, **values)
-            .on_conflict_do_update(index_elements=["peer"], set_=values)
-        )
+        values = {"peer": peer, "until": until, "reason": reason}
+        connection.execute(self._statements.set_ban, values)
 
     def _keep_tracks(self, connection: sa.Connection, tracks: Mapping[Subject, Track]) -> None:
         if not tracks:
             return
-        upsert = self._insert(measurements)
-        columns = [column.name for column in measurements.columns if not column.primary_key]
-        connection.execute(
-            upsert.on_conflict_do_update(
-                index_elements=["provider", "model_digest"],
-                set_={name: upsert.excluded[name] for name in columns},
-            ),
-            [_row(subject, track) for subject, track in sorted(tracks.items())],
-        )
+        rows = [_row(subject, track) for subject, track in sorted(tracks.items())]
+        connection.execute(self._statements.set_tracks, rows)
 
 
 def _row(subject: Subject, track: Track) -> dict[str, Any]:
