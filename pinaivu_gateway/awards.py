@@ -74,10 +74,8 @@ def open_award_untrusted(
 
 def _fault(token: DispatchToken, request: JobRequest, gateway: PeerId) -> str | None:
     terms = request.terms
-    if token.gateway != gateway:
-        return "for another gateway"
-    if token.request_id != terms.request_id:
-        return "for another request"
+    if (token.gateway, token.request_id) != (gateway, terms.request_id):
+        return "for another gateway or request"
     if (token.kind_of_job, token.model) != (terms.kind, terms.model):
         return "for another model or kind of job"
     if token.input_commitment != terms.input_commitment:

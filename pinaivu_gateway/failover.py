@@ -70,7 +70,7 @@ def next_step(
     """
     if failure is not None:
         if delivered:
-            return GiveUp(StreamBroken(f"the provider was lost in mid-answer: {_said(failure)}"))
+            return GiveUp(lost_in_mid_answer(failure))
         if failure.refusal is RefuseReason.PROMPT_REFUSED:
             # The next would only say the same.
             return GiveUp(_prompt_error(failure.explanation))
@@ -79,6 +79,11 @@ def next_step(
         return TryNext(usable[0], tuple(usable[1:]))
     last = f"; the last one: {_said(failure)}" if failure else ""
     return GiveUp(ProvidersFailed(f"every provider that was awarded the job failed{last}"))
+
+
+def lost_in_mid_answer(failure: Failure) -> JobError:
+    """What the client is told when an answer ends that had begun."""
+    return StreamBroken(f"the provider was lost in mid-answer: {_said(failure)}")
 
 
 def first_token_patience(
