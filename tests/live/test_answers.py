@@ -9,7 +9,7 @@ import subprocess
 import httpx
 import openai
 import pytest
-from conftest import GATEWAY, MODEL, NODE, eventually
+from devnets import GATEWAY, MODEL, NODE, eventually
 from openai import OpenAI
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]

@@ -11,7 +11,7 @@ import time
 
 import httpx
 import pytest
-from conftest import MODEL, NODE, devnet, eventually
+from devnets import MODEL, NODE, devnet, eventually
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
-from conftest import (
+from town import (
     CREDIT,
     MODEL,
     Town,
@@ -49,7 +49,9 @@ async def opened(town: Town, *providers: str, **config):
     return coordinator, market
 
 
-async def test_a_job_is_bought_served_paid_and_verified_by_a_stranger(town: Town) -> None:
+async def test_a_job_is_bought_served_paid_and_verified_by_a_stranger(
+    town: Town, autojump_clock
+) -> None:
     coordinator, market = await opened(town, "cheap", "dear")
     order = town.order()
     async with market.buy(order) as job:
@@ -69,7 +71,7 @@ async def test_a_job_is_bought_served_paid_and_verified_by_a_stranger(town: Town
     assert not [account for account in accounts if account.startswith("hold:")]
 
 
-async def test_the_auction_closes_as_soon_as_all_have_answered(town: Town) -> None:
+async def test_the_auction_closes_as_soon_as_all_have_answered(town: Town, autojump_clock) -> None:
     """Five hops of 5 ms, far from the window of 400."""
     coordinator, market = await opened(town, "a", "b", "c")
     started = trio.current_time()
@@ -80,7 +82,7 @@ async def test_the_auction_closes_as_soon_as_all_have_answered(town: Town) -> No
     assert coordinator.statistics().award_ms_slowest < 50
 
 
-async def test_the_loser_is_never_dispatched_to(town: Town) -> None:
+async def test_the_loser_is_never_dispatched_to(town: Town, autojump_clock) -> None:
     await town.coordinator()
     winner = await town.provider("cheap")
     loser = await town.provider("dear", output_price=400_000_000)
@@ -96,7 +98,7 @@ async def test_the_loser_is_never_dispatched_to(town: Town) -> None:
     assert loser.statistics().earnings == 0
 
 
-async def test_the_winner_is_paid_what_would_have_tied(town: Town) -> None:
+async def test_the_winner_is_paid_what_would_have_tied(town: Town, autojump_clock) -> None:
     """Alone it would get the ceiling; with a rival it gets less, and more than it asked."""
     _, market = await opened(town, "cheap", "dear")
     order = town.order()
@@ -106,7 +108,9 @@ async def test_the_winner_is_paid_what_would_have_tied(town: Town) -> None:
     assert 0 < segment.uplift_ppm < 1_000_000
 
 
-async def test_a_provider_that_dies_before_its_first_token_is_replaced(town: Town) -> None:
+async def test_a_provider_that_dies_before_its_first_token_is_replaced(
+    town: Town, autojump_clock
+) -> None:
     await town.coordinator()
     await town.provider("slow", engine=SyntheticEngine(ttft_ms=5000, capacity=4))
     await town.provider("steady", output_price=300_000_000)
@@ -132,7 +136,7 @@ async def test_a_provider_that_dies_before_its_first_token_is_replaced(town: Tow
     assert paid.get(peer_of("slow"), 0) == 0
 
 
-async def test_a_silent_provider_is_gone_from_the_market(town: Town) -> None:
+async def test_a_silent_provider_is_gone_from_the_market(town: Town, autojump_clock) -> None:
     _, market = await opened(town, "a", "b")
     town.network.hang(peer_of("a"))
     await until(lambda: len(market.providers()) == 1, within=5)
@@ -140,7 +144,7 @@ async def test_a_silent_provider_is_gone_from_the_market(town: Town) -> None:
     await until(lambda: len(market.providers()) == 2, within=10)
 
 
-async def test_a_client_that_leaves_pays_for_what_it_got(town: Town) -> None:
+async def test_a_client_that_leaves_pays_for_what_it_got(town: Town, autojump_clock) -> None:
     coordinator, market = await opened(town, "a")
     order = town.order(max_tokens=1000)
     async with market.buy(order) as job:
@@ -154,7 +158,7 @@ async def test_a_client_that_leaves_pays_for_what_it_got(town: Town) -> None:
     assert sum((await coordinator.accounts()).values()) == 0
 
 
-async def test_a_gateway_that_vanishes_leaves_no_hold(town: Town) -> None:
+async def test_a_gateway_that_vanishes_leaves_no_hold(town: Town, autojump_clock) -> None:
     coordinator, market = await opened(town, "a", settlement_grace_ms=2000)
     order = town.order(max_tokens=1000)
 
@@ -175,7 +179,9 @@ async def test_a_gateway_that_vanishes_leaves_no_hold(town: Town) -> None:
     assert accounts[f"provider:{peer_of('a')}"] > 0
 
 
-async def test_a_restarted_coordinator_settles_the_job_that_ran_meanwhile(town: Town) -> None:
+async def test_a_restarted_coordinator_settles_the_job_that_ran_meanwhile(
+    town: Town, autojump_clock
+) -> None:
     _, market = await opened(town, "a", "b")
     order = town.order(max_tokens=200)
     async with market.buy(order) as job:
@@ -192,7 +198,7 @@ async def test_a_restarted_coordinator_settles_the_job_that_ran_meanwhile(town: 
     assert await failed_checks(market, again) == []
 
 
-async def test_without_a_coordinator_the_client_is_told_so(town: Town) -> None:
+async def test_without_a_coordinator_the_client_is_told_so(town: Town, autojump_clock) -> None:
     _, market = await opened(town, "a")
     town.kill("coordinator")
     await settle_down()
@@ -204,7 +210,7 @@ async def test_without_a_coordinator_the_client_is_told_so(town: Town) -> None:
     await until(lambda: len(market.providers()) == 1)
 
 
-async def test_every_refusal_says_what_is_missing(town: Town) -> None:
+async def test_every_refusal_says_what_is_missing(town: Town, autojump_clock) -> None:
     await town.coordinator(welcome_credit=1000)
     market = await town.gateway()
     await settle_down()
@@ -227,7 +233,9 @@ async def test_every_refusal_says_what_is_missing(town: Town) -> None:
             pass
 
 
-async def test_a_filter_that_nobody_passes_is_an_error_and_not_dropped(town: Town) -> None:
+async def test_a_filter_that_nobody_passes_is_an_error_and_not_dropped(
+    town: Town, autojump_clock
+) -> None:
     _, market = await opened(town, "a", "b")
     for changes in ({"allow": ()}, {"deny": (peer_of("a"), peer_of("b"))}):
         with pytest.raises((NobodyEligible, NoBids)):
@@ -238,7 +246,7 @@ async def test_a_filter_that_nobody_passes_is_an_error_and_not_dropped(town: Tow
         await spoken(job)
 
 
-async def test_who_minds_time_gets_the_measured_faster_one(town: Town) -> None:
+async def test_who_minds_time_gets_the_measured_faster_one(town: Town, autojump_clock) -> None:
     await town.coordinator()
     await town.provider("slow", engine=SyntheticEngine(tokens_per_second=5, capacity=4))
     await town.provider("fast", output_price=400_000_000)
@@ -258,7 +266,7 @@ async def test_who_minds_time_gets_the_measured_faster_one(town: Town) -> None:
 # --- cheats and noise -----------------------------------------------------------------------------
 
 
-async def test_a_forged_offer_draws_no_bid(town: Town) -> None:
+async def test_a_forged_offer_draws_no_bid(town: Town, autojump_clock) -> None:
     await town.coordinator()
     provider = await town.provider("a")
     liar = await town.stranger("liar")
@@ -281,7 +289,9 @@ async def test_a_forged_offer_draws_no_bid(town: Town) -> None:
     assert provider.statistics().rejected_messages >= 1
 
 
-async def test_a_bid_in_anothers_name_bans_the_liar_and_changes_nothing(town: Town) -> None:
+async def test_a_bid_in_anothers_name_bans_the_liar_and_changes_nothing(
+    town: Town, autojump_clock
+) -> None:
     coordinator, market = await opened(town, "honest")
     liar = await town.stranger("liar")
     stream = await liar.open(peer_of("coordinator"), MARKET)
@@ -315,7 +325,7 @@ async def test_garbage_on_the_market_stream_costs_only_its_sender(town: Town, fr
         await spoken(job)
 
 
-async def test_many_jobs_at_once_balance_to_the_nanox(town: Town) -> None:
+async def test_many_jobs_at_once_balance_to_the_nanox(town: Town, autojump_clock) -> None:
     coordinator, market = await opened(town, "a", "b", "c")
     orders = [town.order(max_tokens=5 + number) for number in range(24)]
 
