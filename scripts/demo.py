@@ -32,13 +32,13 @@ def main() -> int:
         )
         devnet = stack.enter_context(_devnet(home, arguments))
         console.rule("[bold]one question, streamed through the OpenAI SDK")
-        request_id = _ask(devnet)
+        request_id, answer = _ask(devnet)
         receipt = _get(devnet, f"/receipts/{request_id}?wait=10")
         bids = _get(devnet, f"/receipts/{request_id}/bids")
         console.rule("[bold]who bid, who won, what was paid")
         _show_auction(receipt["receipt"], bids)
         console.rule("[bold]the receipt, checked")
-        verified = _verify(devnet, request_id)
+        verified = _verify(devnet, request_id, answer)
         if arguments.once or not verified:
             return 0 if verified else 1
         _invite(devnet)
@@ -82,8 +82,8 @@ def _devnet(home: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any
                 process.wait(timeout=30)
 
 
-def _ask(devnet: dict[str, Any]) -> str:
-    """Print the answer as it comes; return the request id that its first chunk carried."""
+def _ask(devnet: dict[str, Any]) -> tuple[str, str]:
+    """Print the answer as it comes; return the request id of its first chunk, and the text."""
     client = OpenAI(base_url=devnet["base_url"], api_key=devnet["api_key"])
     console.print(f"[bold]> {QUESTION}")
     stream = client.chat.completions.create(
@@ -93,14 +93,15 @@ def _ask(devnet: dict[str, Any]) -> str:
         temperature=0,
         stream=True,
     )
-    request_id = ""
+    request_id, text = "", ""
     for chunk in stream:
         request_id = request_id or str((chunk.model_extra or {}).get("request_id", ""))
         for choice in chunk.choices:
+            text += choice.delta.content or ""
             print(choice.delta.content or "", end="", flush=True)
     print()
     console.print(f"[dim]request_id {request_id}")
-    return request_id
+    return request_id, text
 
 
 def _get(devnet: dict[str, Any], path: str) -> dict[str, Any]:
@@ -136,13 +137,15 @@ def _show_auction(receipt: dict[str, Any], bids: dict[str, Any]) -> None:
         )
 
 
-def _verify(devnet: dict[str, Any], request_id: str) -> bool:
+def _verify(devnet: dict[str, Any], request_id: str, answer: str) -> bool:
+    text = Path(devnet["home"]) / "answer.txt"
+    text.write_text(answer)
     coordinator = devnet["coordinator"].rsplit("/p2p/", 1)[1]
     done = subprocess.run(
         [
             sys.executable, "-m", "pinaivu_node.cli", "verify", request_id,
             "--gateway", devnet["base_url"], "--api-key", devnet["api_key"],
-            "--coordinator", coordinator,
+            "--coordinator", coordinator, "--answer", str(text),
         ],
         check=False,
     )  # fmt: skip

@@ -86,7 +86,7 @@ def test_curl_gets_an_answer_and_a_stream_that_ends(network) -> None:
         ],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    head, _, events = done.stdout.partition("\r\n\r\n")
+    head, _, events = done.stdout.partition("\n\n")
     assert "200" in head.splitlines()[0]
     assert "text/event-stream" in head
     assert events.rstrip().endswith("data: [DONE]")
