@@ -218,7 +218,7 @@ async def test_usage_waits_for_a_database_that_is_away(autojump_clock, tmp_path:
         await nursery.start(log.run)
         is_away = True
         log.record(usage_row(1))
-        await trio.sleep(2 * FLUSH_SECONDS)
+        await trio.sleep(1.5 * FLUSH_SECONDS)
         assert log.statistics().rows_waiting == 1
         is_away = False
         await trio.sleep(FLUSH_SECONDS)
