@@ -7,6 +7,7 @@ here, one sends deliveries; whoever wants an auction sends its own request and w
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -68,6 +69,7 @@ class CoordinatorLink:
     ) -> None:
         """`hand_back` is called for a job that was, or may have been, awarded to nobody."""
         self.balance: int | None = None
+        self._incarnation = secrets.token_bytes(16)
         self._mesh = mesh
         self._deliveries = deliveries
         self._clock = clock
@@ -170,6 +172,7 @@ class CoordinatorLink:
             role=Role.GATEWAY,
             addresses=self._mesh.addresses[:_MAX_ADDRESSES],
             software=_SOFTWARE,
+            incarnation=self._incarnation,
         )
         await stream.send(encode(hello))
         with trio.move_on_after(_WELCOME_SECONDS):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from pydantic_core import to_jsonable_python
 from rich.markup import escape
 from rich.table import Table
 
@@ -64,6 +65,11 @@ def verify(
         raise typer.Exit(1)
 
 
+def _short(peer: str) -> str:
+    """Every Ed25519 PeerID begins alike; its end tells them apart."""
+    return f"{peer[:8]}…{peer[-8:]}"
+
+
 @app.command(epilog="Example: `pinaivu-node replay req_0123…`")
 def replay(
     subject: Subject,
@@ -82,13 +88,13 @@ def replay(
     record, answers = open_bid_set_untrusted(evidence.leaves)
     result = decide(record, answers)
     if as_json:
-        print_json(asdict(result))
+        print_json(to_jsonable_python(asdict(result)))
         return
-    table = Table("", "provider", "expects", "takes", "uplift", "paid", box=None, pad_edge=False)
+    table = Table("", "provider", "asks", "takes", "uplift", "is paid", box=None, pad_edge=False)
     for award in result.awards:
         table.add_row(
             "winner" if award.rank == 0 else f"standby {award.rank}",
-            award.provider,
+            escape(_short(award.provider)),
             f"{award.expected_cost:,} NanoX",
             f"{award.expected_time_ms:,} ms",
             f"{award.uplift_ppm / 10_000:g} %",
@@ -96,4 +102,4 @@ def replay(
         )
     screen.print(table)
     for loser in result.losers:
-        screen.print(f"{loser.provider} lost: {loser.reason}, {escape(loser.detail)}")
+        screen.print(f"{_short(loser.provider)} lost: {loser.reason}, {escape(loser.detail)}")

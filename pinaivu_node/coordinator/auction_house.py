@@ -369,4 +369,5 @@ class AuctionHouse:
             hold=hold_for(terms, self._floor.config.policy),
             opened_at=closed.record.opened_at,
             awarded_at=now,
+            incarnation=self._floor.sessions.incarnation_of(running.gateway),
         )

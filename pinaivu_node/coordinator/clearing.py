@@ -104,7 +104,9 @@ class Clearing:
     def _settle_at(self, job: Job) -> UnixMilliseconds:
         return job.settle_at(
             grace_ms=self._floor.config.settlement_grace_ms,
-            gateway_is_here=self._floor.sessions.is_here(job.contract.gateway),
+            gateway_is_here=self._floor.sessions.remembers(
+                job.contract.gateway, job.contract.incarnation
+            ),
         )
 
     async def _answer_again(self, sender: PeerId, request_id: RequestId) -> None:

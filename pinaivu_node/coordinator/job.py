@@ -98,6 +98,8 @@ class Contract:
     hold: NanoX
     opened_at: UnixMilliseconds
     awarded_at: UnixMilliseconds
+    incarnation: bytes = b""
+    """The life of the gateway that bought it; empty if not known any more."""
 
     def award_of(self, provider: PeerId) -> RankedAward | None:
         """The place of this provider, if it was given a token."""

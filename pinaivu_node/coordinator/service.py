@@ -211,7 +211,7 @@ class Coordinator:
         """Serve one market stream, from its Hello to its end."""
         hello = await self._hello(stream)
         pace = Pace(self._floor.config.messages_per_second, now=trio.current_time())
-        session = Session(stream, hello.role, pace)
+        session = Session(stream, hello, pace)
         welcome = await self._welcome(session)
         self._enter(session, hello)
         session.say(welcome)

@@ -17,7 +17,7 @@ from pinaivu_node.coordinator.pace import Pace
 from pinaivu_node.mesh.mesh import FrameStream, MeshError
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import PeerId
-from pinaivu_node.protocol.market import Role
+from pinaivu_node.protocol.market import Hello
 from pinaivu_node.protocol.wire import Message, encode
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,9 @@ _MAX_BYTES: Final = 4 << 20
 class Session:
     """One peer's market stream; it ends with the stream."""
 
-    def __init__(self, stream: FrameStream, role: Role, pace: Pace) -> None:
-        self.role: Final = role
+    def __init__(self, stream: FrameStream, hello: Hello, pace: Pace) -> None:
+        self.role: Final = hello.role
+        self.incarnation: Final = hello.incarnation
         self.pace: Final = pace
         self._stream = stream
         self._frames: deque[bytes] = deque()
@@ -142,6 +143,20 @@ class Sessions:
     def is_here(self, peer: PeerId) -> bool:
         """Whether a message to this peer could be sent."""
         return peer in self._sessions
+
+    def incarnation_of(self, peer: PeerId) -> bytes:
+        """Which life of this peer is here; empty if none is, or if it does not say."""
+        session = self._sessions.get(peer)
+        return b"" if session is None else session.incarnation
+
+    def remembers(self, peer: PeerId, incarnation: bytes) -> bool:
+        """Whether this peer is here and still knows what it did in that life of it.
+
+        Nobody knows after our own restart, when the life is unknown: then it is given the time.
+        """
+        if not self.is_here(peer):
+            return False
+        return incarnation in (b"", self.incarnation_of(peer))
 
     def say(self, peer: PeerId, message: Message) -> None:
         """Send to a peer if it is here; what it misses it asks for again."""

@@ -131,6 +131,9 @@ class Hello(Message, kind="hello/1"):
     role: RoleField
     addresses: Multiaddresses
     software: Annotated[str, Field(max_length=64)]
+    incarnation: Annotated[bytes, Field(max_length=16)] = b""
+    """Random, drawn when the process starts: it tells a restart, which forgot its running jobs,
+    from a reconnection, which did not."""
 
 
 class AuctionPolicy(Record):

@@ -32,6 +32,7 @@ from pinaivu_node.protocol.market import (
     Award,
     DispatchToken,
     Heartbeat,
+    Hello,
     JobRefused,
     JobRequest,
     Outcome,
@@ -313,7 +314,7 @@ async def test_whoever_asks_the_log_too_fast_is_answered_slowly(town, autojump_c
 async def test_a_peer_that_does_not_read_is_dropped(town, autojump_clock):
     mesh = await town.join("somebody")
     stream = await mesh.open(town.peer_id, LOG)
-    session = Session(stream, Role.GATEWAY, Pace(100, now=0))
+    session = Session(stream, Hello(role=Role.GATEWAY, addresses=(), software=""), Pace(100, now=0))
     for _ in range(5):
         session.send(bytes(1 << 20))
     with pytest.raises(StreamLost):

@@ -179,6 +179,27 @@ async def test_a_gateway_that_vanishes_leaves_no_hold(town: Town, autojump_clock
     assert accounts[f"provider:{peer_of('a')}"] > 0
 
 
+async def test_a_gateway_that_restarts_is_not_waited_for(town: Town, autojump_clock) -> None:
+    """It is here again, but what it was doing it has forgotten: the hold goes after the grace."""
+    coordinator, market = await opened(town, "a", settlement_grace_ms=2000)
+    order = town.order(max_tokens=1000)
+
+    async def ask() -> None:
+        async with market.buy(order) as job:
+            await spoken(job)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.sleep(5)
+        town.kill("gateway")
+        nursery.cancel_scope.cancel()
+    market = await town.gateway()
+    await trio.sleep(6)
+    accounts = await coordinator.accounts()
+    assert not [account for account in accounts if account.startswith("hold:")]
+    assert accounts[f"provider:{peer_of('a')}"] > 0
+
+
 async def test_a_restarted_coordinator_settles_the_job_that_ran_meanwhile(
     town: Town, autojump_clock
 ) -> None:

@@ -178,7 +178,12 @@ MEASUREMENT = market.Measurement(
 
 SAMPLES: tuple[Message, ...] = (
     SEALED_TOKEN,
-    market.Hello(role=market.Role.PROVIDER, addresses=(ADDRESS,), software="pinaivu/0.1.0"),
+    market.Hello(
+        role=market.Role.PROVIDER,
+        addresses=(ADDRESS,),
+        software="pinaivu/0.1.0",
+        incarnation=b"i" * 16,
+    ),
     market.Welcome(
         heartbeat_ms=1000, now=NOW, policy=POLICY, policy_hash=digest_of(b"policy"), balance=-5
     ),
