@@ -257,11 +257,12 @@ class _Answer:
             return
         self._finish = "error"
         problem = problem_of(error, self._asked)
+        # Cancelled in its last send, the server would neither close the connection nor reuse it.
+        self._is_whole = True
         if not self._is_streaming:
             await send_problem(self._send, problem)
             return
         # Neither a finish chunk nor [DONE]: clients would take the text for whole.
-        self._is_whole = True
         await self._send_events(event(problem.as_json()), more=False)
 
     async def _begin_stream(self) -> None:

@@ -69,6 +69,8 @@ class CoordinatorLink:
     ) -> None:
         """`hand_back` is called for a job that was, or may have been, awarded to nobody."""
         self.balance: int | None = None
+        self.auction_window = 0.4
+        """Seconds from an offer to its latest close."""
         self._incarnation = secrets.token_bytes(16)
         self._mesh = mesh
         self._deliveries = deliveries
@@ -139,6 +141,7 @@ class CoordinatorLink:
         welcome = await self._introduce(stream)
         self._clock_offset = welcome.now - self._clock()
         self.balance = welcome.balance
+        self.auction_window = welcome.policy.window_ms / 1000
         self._stream = stream
         self._deliveries.start_over()
         logger.info("welcomed by the coordinator %s", stream.peer)

@@ -41,8 +41,10 @@ from pinaivu_node.mesh.session import keep_session
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, RequestId, UnixMilliseconds, digest_of
 from pinaivu_node.protocol.market import (
+    Award,
     Delivery,
     JobRefused,
+    JobRequest,
     Outcome,
     RefusalReason,
     Role,
@@ -57,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MarketConfig", "open_market"]
 
+_AFTER_THE_CLOSE: Final = 0.1
 _RECEIPT_POLL: Final = 1.0
 """Seconds between two looks at the log, should the news of a receipt have been lost."""
 _ERRORS: Final[dict[RefusalReason, type[JobError]]] = {
@@ -218,8 +221,13 @@ class _GatewayMarket:
     async def _auction(self, order: JobOrder) -> Purchase:
         started = trio.current_time()
         request = job_request(order, now=self.coordinator.now())
-        answer = await self.coordinator.ask(request, timeout=self._config.auction_timeout)
-        self._last_auction_ms = round(1000 * (trio.current_time() - started))
+        answer = await self._ask(request)
+        repeats = 0
+        while _is_worth_repeating(answer) and repeats < self._config.auction_repeats:
+            repeats += 1
+            # Until the first offer has closed, providers take the second for its echo.
+            await trio.sleep(self.coordinator.auction_window + _AFTER_THE_CLOSE)
+            answer = await self._ask(request)
         if isinstance(answer, JobRefused):
             raise _refusal(answer, order, self.coordinator.providers)
         try:
@@ -232,6 +240,12 @@ class _GatewayMarket:
             raise CoordinatorUnreachable(f"the coordinator broke the protocol: {exc}") from exc
         deadline = started + order.deadline_in / 1000
         return Purchase(order, assignments, self._buyer, deadline=deadline)
+
+    async def _ask(self, request: JobRequest) -> Award | JobRefused:
+        started = trio.current_time()
+        answer = await self.coordinator.ask(request, timeout=self._config.auction_timeout)
+        self._last_auction_ms = round(1000 * (trio.current_time() - started))
+        return answer
 
     def _follow(self, roster: Roster) -> None:
         self._links.follow(entry for entry in roster.entries if entry.role is Role.PROVIDER)
@@ -272,6 +286,15 @@ class _GatewayMarket:
             self._signing -= 1
             if not self._signing:
                 self._all_signed.set()
+
+
+def _is_worth_repeating(answer: Award | JobRefused) -> bool:
+    """Whether nobody bid, but somebody may within the second: a burst fills all places at once."""
+    return (
+        isinstance(answer, JobRefused)
+        and answer.reason is RefusalReason.NO_BIDS
+        and answer.retry_after_ms is not None
+    )
 
 
 def _refusal(refused: JobRefused, order: JobOrder, providers: Sequence[RosterEntry]) -> JobError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 import trio
-from pydantic import BaseModel, PositiveFloat, PositiveInt
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pinaivu_gateway.attempt import Attempt
 from pinaivu_gateway.awards import Assignment
@@ -38,6 +38,9 @@ class MarketConfig(BaseModel, frozen=True, extra="forbid"):
     auction_timeout: PositiveFloat = 5.0
     """From JobRequest to its answer: the longest auction takes half a second, a busy coordinator
     and a slow disk the rest."""
+    auction_repeats: NonNegativeInt = 2
+    """Further auctions for a job that nobody bid on while every place was taken: a wait of a second
+    in all, which is shorter than a client's own retry."""
     open_timeout: PositiveFloat = 3.0
     """To reach a winner that we have no stream to: a dial and two round trips."""
     accept_timeout: PositiveFloat = 5.0

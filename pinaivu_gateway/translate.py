@@ -204,7 +204,7 @@ def _order(
     input_limit: int,
     input_estimate: int,
 ) -> JobOrder:
-    output_limit = _output_limit(request, limits)
+    output_limit = _output_limit(request, limits, input_estimate)
     wishes = request.provider
     return JobOrder(
         request_id=chance.request_id,
@@ -226,14 +226,18 @@ def _order(
     )
 
 
-def _output_limit(request: ChatRequest | CompletionRequest, limits: Limits) -> int:
+def _output_limit(
+    request: ChatRequest | CompletionRequest, limits: Limits, input_estimate: int
+) -> int:
     asked: int | None
     if isinstance(request, ChatRequest):
         asked = request.max_completion_tokens or request.max_tokens or limits.default_output_tokens
     else:
         asked = request.max_tokens or DEFAULT_COMPLETION_TOKENS
-    # Without a window in sight the wire's own bound stands; the engine stops at the window anyway.
-    return min(asked, limits.context_window or 1_000_000)
+    if limits.context_window is None:
+        return min(asked, 1_000_000)  # the wire's own bound; the engine stops at the window anyway
+    # Many clients ask for the whole window, which no provider could sell beside the prompt.
+    return min(asked, max(1, limits.context_window - input_estimate))
 
 
 def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed: int) -> Sampling:
