@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _WINDOW: Final = 256 * 1024
 """Yamux's initial window; we never grow it, so that is what a stream buffers at most."""
+_READ_BYTES: Final = 64 * 1024
+"""One Noise record at most; what a socket buffer usually holds."""
 _WRITE_LIMIT: Final = 10.0
 """Seconds for at most 64 KiB to leave; a link slower than 50 kbit/s cannot carry tokens anyway."""
 _MAX_BUFFERED: Final = 32 << 20
@@ -39,16 +41,39 @@ class Refused(Exception):
     """We want no connection with this peer."""
 
 
+class _BufferedConnection:
+    """A raw connection whose reads are served from one large read of the socket.
+
+    The stock Noise session asks for two bytes, then for a record; Yamux asks it for a header, then
+    for a body.  Each used to be a turn through the event loop of its own.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._buffer = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to `n` bytes, empty at the end of the stream; cancellation loses none."""
+        if not self._buffer:
+            self._buffer = await self._raw.read(_READ_BYTES)
+        n = len(self._buffer) if n is None else n
+        data, self._buffer = self._buffer[:n], self._buffer[n:]
+        return data
+
+
 class _GatedNoise(NoiseTransport):  # type: ignore[misc] # untyped base
     """Noise that hangs up on a banned peer as soon as it has proven who it is."""
 
     gate: PeerGate
 
     async def secure_inbound(self, conn: Any) -> Any:
-        return self._gated(await super().secure_inbound(conn))
+        return self._gated(await super().secure_inbound(_BufferedConnection(conn)))
 
     async def secure_outbound(self, conn: Any, peer_id: Any) -> Any:
-        return self._gated(await super().secure_outbound(conn, peer_id))
+        return self._gated(await super().secure_outbound(_BufferedConnection(conn), peer_id))
 
     def _gated(self, secured: Any) -> Any:
         peer = PeerId(str(secured.get_remote_peer()))
