@@ -66,6 +66,8 @@ def open_award_untrusted(
         fault = _fault(token, request, gateway)
         if fault is not None:
             raise RemoteProtocolError(f"an award with a dispatch token {fault}")
+        if token.rank != len(assignments):
+            raise RemoteProtocolError("an award whose tokens are not in the order of their ranks")
         assignments.append(Assignment(token, envelope, addresses.get(token.provider, ())))
     if len({each.provider for each in assignments}) != len(assignments):
         raise RemoteProtocolError("an award that names one provider twice")
