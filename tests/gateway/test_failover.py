@@ -1,101 +1,124 @@
-"""Whom to try next, how long to wait, and what to tell the client."""
+"""What follows a failure: the next provider, or an error that says whose fault it was."""
 
 from __future__ import annotations
 
-import pytest
-from provider_actor import WEIGHTS, peer_of, signer_of
+from dataclasses import replace
 
-from pinaivu_gateway.awards import Assignment
+import pytest
+from dispatches import NOW, PROVIDERS, TTL, assignment
+
 from pinaivu_gateway.failover import (
+    BASE_PATIENCE,
+    LAST_MOMENT,
+    PATIENCE_PER_TOKEN,
     Failure,
     GiveUp,
     TryNext,
     first_token_patience,
     next_step,
 )
-from pinaivu_gateway.jobs import PromptNotAccepted, PromptTooLong, ProvidersFailed, StreamBroken
-from pinaivu_node.protocol.ids import digest_of, request_id_of
+from pinaivu_gateway.jobs import (
+    PromptNotAccepted,
+    PromptTooLong,
+    ProvidersFailed,
+    StreamBroken,
+)
 from pinaivu_node.protocol.inference import RefuseReason
-from pinaivu_node.protocol.market import DispatchToken, JobKind, SegmentOutcome
-from pinaivu_node.protocol.money import PriceList
+from pinaivu_node.protocol.market import SegmentOutcome
 
-NOW = 1_800_000_000_000
-DIED = Failure(SegmentOutcome.DIED, "the stream was lost")
-
-
-def assignment(name: str, *, expires_in: int = 10_000) -> Assignment:
-    nothing = digest_of(b"")
-    token = DispatchToken(
-        request_id=request_id_of(bytes(16)),
-        provider=peer_of(name),
-        gateway=peer_of("gateway"),
-        kind_of_job=JobKind.CHAT,
-        model="smollm2:135m",
-        model_digest=WEIGHTS,
-        rank=0,
-        input_limit=100,
-        output_limit=100,
-        prices=PriceList(input=1, cached_input=1, output=1),
-        uplift_ppm=0,
-        sampling_digest=nothing,
-        input_commitment=nothing,
-        bid_set_root=nothing,
-        policy_hash=nothing,
-        issued_at=NOW,
-        expires_at=NOW + expires_in,
-        deadline=NOW + 60_000,
-    )
-    return Assignment(token, signer_of("coordinator").seal(token), ())
+BIDDERS = (assignment(0), assignment(1), assignment(2))
+DIED = Failure(SegmentOutcome.DIED, "its connection was lost")
+REFUSALS_OF_THE_PROMPT = {RefuseReason.PROMPT_REFUSED}
 
 
-def test_the_winner_comes_first_and_the_standbys_in_their_order():
-    a, b, c = assignment("a"), assignment("b"), assignment("c")
-    step = next_step(None, [a, b, c], delivered=0, now=NOW)
-    assert step == TryNext(a, (b, c))
-    assert next_step(DIED, step.rest, delivered=0, now=NOW) == TryNext(b, (c,))
-
-
-def test_an_expired_token_is_not_even_tried():
-    late, fresh = assignment("a", expires_in=500), assignment("b")
-    assert next_step(DIED, [late, fresh], delivered=0, now=NOW + 500) == TryNext(fresh, ())
-
-
-def test_with_nobody_left_the_client_hears_of_the_last_failure():
-    step = next_step(DIED, [], delivered=0, now=NOW)
-    assert isinstance(step, GiveUp)
-    assert isinstance(step.error, ProvidersFailed)
-    assert "the stream was lost" in str(step.error)
-
-
-def test_after_the_first_token_nobody_else_is_asked():
-    step = next_step(DIED, [assignment("b")], delivered=1, now=NOW)
-    assert isinstance(step, GiveUp)
-    assert isinstance(step.error, StreamBroken)
+def test_the_winner_is_first_and_the_standbys_are_kept() -> None:
+    step = next_step(None, BIDDERS, delivered=0, now=NOW)
+    assert step == TryNext(BIDDERS[0], BIDDERS[1:])
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    "failure",
     [
-        ("This model's maximum context length is 5 tokens.", PromptTooLong),
-        ("The prompt is empty.", PromptNotAccepted),
+        DIED,
+        Failure(SegmentOutcome.STALLED, "no token came"),
+        Failure(SegmentOutcome.ERROR, "it broke the protocol"),
+        Failure(SegmentOutcome.CANCELLED, "it stopped by itself"),
+        *[
+            Failure(SegmentOutcome.REFUSED, reason.value, reason)
+            for reason in RefuseReason
+            if reason not in REFUSALS_OF_THE_PROMPT
+        ],
+    ],
+    ids=lambda failure: failure.explanation,
+)
+def test_before_the_first_token_a_standby_takes_over(failure: Failure) -> None:
+    step = next_step(failure, BIDDERS[1:], delivered=0, now=NOW)
+    assert step == TryNext(BIDDERS[1], BIDDERS[2:])
+
+
+def test_after_the_first_token_the_answer_ends_with_what_happened() -> None:
+    step = next_step(DIED, BIDDERS[1:], delivered=1, now=NOW)
+    assert isinstance(step, GiveUp)
+    assert isinstance(step.error, StreamBroken)
+    assert DIED.explanation in str(step.error)
+
+
+@pytest.mark.parametrize(
+    ("explanation", "error"),
+    [
+        ("This model's maximum context length is 8192 tokens. You asked for more.", PromptTooLong),
+        ("this model has no chat template", PromptNotAccepted),
         ("", PromptNotAccepted),
     ],
 )
-def test_a_refused_prompt_is_the_clients_to_change(words: str, error: type[Exception]):
-    failure = Failure(SegmentOutcome.REFUSED, words, RefuseReason.PROMPT_REFUSED)
-    step = next_step(failure, [assignment("b")], delivered=0, now=NOW)
+def test_a_prompt_that_the_engine_cannot_run_is_nobody_elses_to_try(
+    explanation: str, error: type[Exception]
+) -> None:
+    refused = Failure(SegmentOutcome.REFUSED, explanation, RefuseReason.PROMPT_REFUSED)
+    step = next_step(refused, BIDDERS[1:], delivered=0, now=NOW)
     assert isinstance(step, GiveUp)
     assert type(step.error) is error
     assert str(step.error)
+    assert explanation in str(step.error)
 
 
-def test_patience_ends_while_a_standby_can_still_take_over():
-    assert first_token_patience([assignment("b")], input_estimate=20, now=NOW) == 9.0
+def test_when_nobody_is_left_the_last_failure_is_told() -> None:
+    step = next_step(DIED, (), delivered=0, now=NOW)
+    assert isinstance(step, GiveUp)
+    assert isinstance(step.error, ProvidersFailed)
+    assert DIED.explanation in str(step.error)
 
 
-def test_a_long_prompt_is_waited_for_though_its_standby_expires():
-    assert first_token_patience([assignment("b")], input_estimate=2000, now=NOW) > 100
+def test_tokens_that_have_expired_are_not_dispatched() -> None:
+    late = assignment(1, expires_at=NOW)
+    assert next_step(DIED, (late, BIDDERS[2]), delivered=0, now=NOW) == TryNext(BIDDERS[2], ())
+    step = next_step(None, (late,), delivered=0, now=NOW)
+    assert isinstance(step, GiveUp)
+    assert isinstance(step.error, ProvidersFailed)
 
 
-def test_the_last_provider_is_given_longer_than_one_that_can_be_replaced():
-    assert first_token_patience([], input_estimate=20, now=NOW) > 30
+def test_every_failure_brings_the_end_nearer() -> None:
+    """Whatever fails, each provider is tried once at most."""
+    tried, remaining = [], BIDDERS
+    failure: Failure | None = None
+    while isinstance(step := next_step(failure, remaining, delivered=0, now=NOW), TryNext):
+        tried.append(step.assignment.provider)
+        remaining, failure = step.rest, replace(DIED)
+    assert tried == [each.peer_id for each in PROVIDERS]
+
+
+def test_a_standby_is_reached_before_its_token_expires() -> None:
+    patience = first_token_patience(BIDDERS[1:], input_estimate=20, now=NOW)
+    assert 0 < patience <= (TTL - LAST_MOMENT) / 1000
+
+
+def test_a_long_prompt_is_given_the_time_it_takes_to_read() -> None:
+    """Failing over could only start it again from the beginning, on a token that has expired."""
+    tokens = 10_000
+    patience = first_token_patience(BIDDERS[1:], input_estimate=tokens, now=NOW)
+    assert patience >= BASE_PATIENCE + PATIENCE_PER_TOKEN * tokens
+
+
+def test_the_last_provider_is_given_more_time() -> None:
+    with_standby = first_token_patience(BIDDERS[1:], input_estimate=20, now=NOW)
+    assert first_token_patience((), input_estimate=20, now=NOW) > 2 * with_standby

@@ -1,56 +1,86 @@
-"""Names for the beginnings of conversations."""
+"""What a chain of fingerprints tells, and what it keeps to itself."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_gateway.fingerprints import fingerprint_chain
+from pinaivu_gateway.fingerprints import FINGERPRINT_BYTES, fingerprint_chain
 from pinaivu_node.protocol.inference import ChatTurn
+from pinaivu_node.protocol.market import MAX_FINGERPRINTS
 
-turns = st.lists(
-    st.builds(
-        ChatTurn,
-        role=st.sampled_from(["system", "user", "assistant"]),
-        content=st.text(max_size=20).filter(lambda text: text.isprintable()),
-    ),
-    max_size=6,
-)
+SECRET = b"s" * 32
+words = st.text(alphabet="abc\u00e9\x00", max_size=5)
+turns = st.lists(st.builds(ChatTurn, role=words, content=words), max_size=6)
+
+
+def said(*contents: str, role: str = "user") -> list[ChatTurn]:
+    return [ChatTurn(role=role, content=content) for content in contents]
+
+
+def test_a_turn_is_an_hmac_over_everything_before_it_and_itself() -> None:
+    """Spelled out here once more, because caches of two releases must agree on it."""
+
+    def link(before: bytes, role: bytes, content: bytes) -> bytes:
+        lengths = [len(part).to_bytes(4, "big") for part in (role, content)]
+        return hmac.new(
+            SECRET, before + lengths[0] + role + lengths[1] + content, hashlib.sha256
+        ).digest()
+
+    first = link(b"", b"system", b"be brief")
+    second = link(first, b"user", "h\u00e9".encode())
+    chain = fingerprint_chain(
+        SECRET,
+        [ChatTurn(role="system", content="be brief"), ChatTurn(role="user", content="h\u00e9")],
+    )
+    assert chain == (first[:FINGERPRINT_BYTES], second[:FINGERPRINT_BYTES])
 
 
 @given(turns, turns)
-def test_the_common_beginning_of_two_conversations_has_the_same_names(one, other):
-    left, right = fingerprint_chain(b"key", one), fingerprint_chain(b"key", other)
-    same = 0
-    while same < min(len(one), len(other)) and one[same] == other[same]:
-        same += 1
-    assert left[:same] == right[:same]
-    assert not set(left[same:]) & set(right[same:])
+def test_conversations_share_exactly_the_prefix_that_they_share(
+    one: list[ChatTurn], other: list[ChatTurn]
+) -> None:
+    shared = 0
+    while shared < min(len(one), len(other)) and one[shared] == other[shared]:
+        shared += 1
+    ours, theirs = fingerprint_chain(SECRET, one), fingerprint_chain(SECRET, other)
+    assert ours[:shared] == theirs[:shared]
+    assert not set(ours[shared:]) & set(theirs[shared:])
 
 
-def test_another_key_gives_other_names():
-    chat = [ChatTurn(role="user", content="hello")]
-    assert fingerprint_chain(b"one", chat) != fingerprint_chain(b"two", chat)
+@given(turns.filter(bool))
+def test_two_clients_with_the_same_conversation_have_nothing_in_common(
+    conversation: list[ChatTurn],
+) -> None:
+    mine = fingerprint_chain(b"m" * 32, conversation)
+    yours = fingerprint_chain(b"y" * 32, conversation)
+    assert not set(mine) & set(yours)
 
 
-def test_role_and_content_do_not_run_into_each_other():
-    left = [ChatTurn(role="user", content="ab")]
-    right = [ChatTurn(role="usera", content="b")]
-    assert fingerprint_chain(b"key", left) != fingerprint_chain(b"key", right)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ChatTurn(role="use", content="rx"), ChatTurn(role="user", content="x")),
+        (ChatTurn(role="", content="x"), ChatTurn(role="x", content="")),
+    ],
+)
+def test_a_letter_that_changes_sides_changes_the_fingerprint(
+    one: ChatTurn, other: ChatTurn
+) -> None:
+    assert fingerprint_chain(SECRET, [one]) != fingerprint_chain(SECRET, [other])
 
 
-def test_the_bytes_are_as_documented():
-    chain = fingerprint_chain(b"key", [ChatTurn(role="user", content="é")])
-    message = b"\0\0\0\4user" + b"\0\0\0\2" + "é".encode()
-    assert chain == (hmac.digest(b"key", message, hashlib.sha256)[:16],)
+def test_of_a_very_long_conversation_the_newest_turns_are_named() -> None:
+    contents = [str(number) for number in range(MAX_FINGERPRINTS + 10)]
+    chain = fingerprint_chain(SECRET, said(*contents))
+    assert len(chain) == MAX_FINGERPRINTS
+    # One turn more moves the window by one and changes no name.
+    assert fingerprint_chain(SECRET, said(*contents, "more"))[:-1] == chain[1:]
 
 
-def test_of_a_long_conversation_the_newest_turns_are_named():
-    chat = [ChatTurn(role="user", content=str(number)) for number in range(300)]
-    chain = fingerprint_chain(b"key", chat)
-    assert len(chain) == 256
-    assert chain[-1] not in fingerprint_chain(b"key", chat[:-1])
-    assert chain[0] == fingerprint_chain(b"key", chat[:45])[-1]
+def test_nothing_said_has_no_fingerprint() -> None:
+    assert fingerprint_chain(SECRET, []) == ()
