@@ -117,13 +117,20 @@ def test_no_prompt_of_this_text_can_have_more_tokens_than_the_limit():
         ({}, 1024),
         ({"max_tokens": 5}, 5),
         ({"max_tokens": 5, "max_completion_tokens": 7}, 7),
-        ({"max_tokens": 10**12}, 8192),
     ],
 )
-def test_the_output_limit_is_the_clients_or_ours_within_the_window(fields, limit):
+def test_the_output_limit_is_the_clients_or_ours(fields, limit):
     made = order(**fields)
     assert made.output_limit == made.sampling.max_tokens == limit
     assert made.output_estimate == min(limit, 256)
+
+
+@pytest.mark.parametrize("asked", [8192, 10**12])
+def test_who_asks_for_the_whole_window_gets_what_the_prompt_leaves_of_it(asked):
+    made = order(max_tokens=asked)
+    assert made.output_limit == made.sampling.max_tokens == 8192 - made.input_estimate
+    # A prompt beyond the window is the market's to refuse, in words that clients know.
+    assert order(user("x" * 40_000), max_tokens=asked).output_limit == 1
 
 
 def test_without_a_window_in_sight_the_wire_bounds_the_output():
