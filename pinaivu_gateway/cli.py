@@ -23,6 +23,7 @@ from pinaivu_gateway.config import GatewaySettings, load
 from pinaivu_gateway.keys import LONGEST_NAME, SECRET_BYTES, ApiKey, hash_of, key_of, prefix_of
 from pinaivu_gateway.store import Store, open_store
 from pinaivu_node.identity import load_or_create_seed
+from pinaivu_node.interpreter import tune_for_latency
 from pinaivu_node.logs import setup_logging
 from pinaivu_node.protocol.errors import LocalProtocolError
 
@@ -106,6 +107,7 @@ async def _serve(settings: GatewaySettings, as_json: bool) -> None:  # noqa: FBT
         async with trio.open_nursery() as services:
             run = partial(serve_gateway, mesh, Signer(seed), settings, stop=stop)
             url = await services.start(run)
+            tune_for_latency()
             if as_json:
                 _print_json({"base_url": url})
             else:

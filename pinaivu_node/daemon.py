@@ -26,6 +26,7 @@ from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
 from pinaivu_node.engine.openai import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.identity import load_or_create_seed
+from pinaivu_node.interpreter import tune_for_latency
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
 from pinaivu_node.mesh.mesh import Mesh
@@ -99,6 +100,7 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
         handlers = _provider_handlers(provider, mesh)
         await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
         logger.info("provider %s sells %s", mesh.peer_id, ", ".join(engines))
+        tune_for_latency()
         if live:
             from pinaivu_node import screen
 
@@ -231,6 +233,7 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
         )
         handlers = _coordinator_handlers(coordinator, mesh)
         await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
+        tune_for_latency()
         for address in mesh.addresses:
             logger.info("coordinator listens on %s", address)
         await trio.sleep_forever()

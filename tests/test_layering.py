@@ -15,6 +15,7 @@ NODE, GATEWAY = "pinaivu_node", "pinaivu_gateway"
 ALLOWED: dict[str, set[str]] = {
     "pinaivu_node.protocol": set(),
     "pinaivu_node.logs": set(),
+    "pinaivu_node.interpreter": set(),
     "pinaivu_node.identity": set(),
     "pinaivu_node.control": set(),
     "pinaivu_node.config": set(),
@@ -29,13 +30,13 @@ ALLOWED: dict[str, set[str]] = {
     "pinaivu_node.devnet": {"protocol", "identity"},
     "pinaivu_node.daemon": {
         "protocol", "mesh", "coordinator", "provider", "engine", "models",
-        "identity", "config", "control", "screen", "logs",
+        "identity", "config", "control", "screen", "logs", "interpreter",
     },
     "pinaivu_node.cli": {
         "protocol", "daemon", "devnet", "verification", "evidence", "coordinator",
         "models", "identity", "config", "control", "logs",
     },
-    "pinaivu_gateway": {"protocol", "mesh", "identity", "models", "logs"},
+    "pinaivu_gateway": {"protocol", "mesh", "identity", "models", "logs", "interpreter"},
 }  # fmt: skip
 
 IMPURE = {

@@ -103,6 +103,8 @@ class AuctionHouse:
         self._floor = floor
         self._clearing = clearing
         self._running: dict[RequestId, _Running] = {}
+        self._solvent: set[PeerId] = set()
+        """Gateways whose last award the books carried; the next is trusted to be carried too."""
         self._per_gateway: Counter[PeerId] = Counter()
 
     def __len__(self) -> int:
@@ -218,7 +220,13 @@ class AuctionHouse:
         await self._mesh.publish(jobs_topic(request.terms.model), payload)
 
     async def _look_into_the_books(self, running: _Running) -> None:
-        """Refuse early what the transaction at the end would refuse anyway."""
+        """Refuse early what the transaction at the end would refuse anyway.
+
+        Not for a gateway whose last award went well: looking takes a thread from the auction, and
+        whoever runs out of credit costs one auction in vain.
+        """
+        if running.gateway in self._solvent:
+            return
         terms = running.auction.request.terms
         hold = hold_for(terms, self._floor.config.policy)
         try:
@@ -289,8 +297,10 @@ class AuctionHouse:
         self._floor.market.reserve(winner, terms.model, terms.request_id, until)
         refused = await self._keep(contract, award, leaves)
         if refused is not None:
+            self._solvent.discard(running.gateway)
             self._floor.market.release(winner, terms.model, terms.request_id, ran=False)
             return refused
+        self._solvent.add(running.gateway)
         self._clearing.add(contract)
         return award
 

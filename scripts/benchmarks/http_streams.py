@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,30 +32,43 @@ class Relayed:
         return self.tokens / self.seconds
 
 
-async def stream_once(
-    port: int, body: dict[str, Any], *, api_key: str, path: str = "/v1/chat/completions"
-) -> tuple[float, bytes]:
-    """One streamed request on a fresh connection; seconds to its first token, and all bytes."""
-    payload = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {api_key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-        "Connection: close\r\n\r\n"
-    ).encode()
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    async with stream:
+class Connection:
+    """One kept connection, as an SDK's pool holds it; one request at a time."""
+
+    def __init__(self, port: int, stream: trio.SocketStream, *, api_key: str) -> None:
+        self._port = port
+        self._stream = stream
+        self._api_key = api_key
+
+    async def ask(
+        self, body: dict[str, Any], *, path: str = "/v1/chat/completions"
+    ) -> tuple[float, bytes]:
+        """One streamed request: the seconds to its first token, and everything received."""
+        payload = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
+            f"Authorization: Bearer {self._api_key}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(payload)}\r\n\r\n"
+        ).encode()
         started = time.perf_counter()
-        await stream.send_all(head + payload)
+        await self._stream.send_all(head + payload)
         received = bytearray()
         first_token = 0.0
-        while b"data: [DONE]" not in received[-64:]:
-            chunk = await stream.receive_some(65536)
-            if not chunk:
-                raise RuntimeError(f"the stream broke: {bytes(received[-300:])!r}")
+        while not received.endswith(b"0\r\n\r\n"):
+            chunk = await self._stream.receive_some(65536)
             received += chunk
+            if not chunk or not received.startswith(b"HTTP/1.1 200"[: len(received)]):
+                raise RuntimeError(f"no stream: {bytes(received[:500])!r}")
             if not first_token and b'"content":"' in received.replace(b'"content":""', b""):
                 first_token = time.perf_counter() - started
         return first_token, bytes(received)
+
+
+@asynccontextmanager
+async def connect(port: int, *, api_key: str) -> AsyncIterator[Connection]:
+    """A connection to a server on this machine."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        yield Connection(port, stream, api_key=api_key)
 
 
 async def relay(port: int, *, api_key: str, streams: int, tokens: int, model: str) -> Relayed:
@@ -68,7 +83,8 @@ async def relay(port: int, *, api_key: str, streams: int, tokens: int, model: st
     totals = [0, 0]
 
     async def one() -> None:
-        _, received = await stream_once(port, body, api_key=api_key)
+        async with connect(port, api_key=api_key) as connection:
+            _, received = await connection.ask(body)
         totals[0] += _completion_tokens(received)
         totals[1] += received.count(b"data: {")
 

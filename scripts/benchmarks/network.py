@@ -89,9 +89,12 @@ async def _race(devnet: dict[str, Any]) -> tuple[list[float], list[float]]:
     }
     through: list[float] = []
     direct: list[float] = []
-    async with open_direct_engine(MODEL, threads=ENGINE_THREADS) as time_to_first_token:
+    async with (
+        open_direct_engine(MODEL, threads=ENGINE_THREADS) as time_to_first_token,
+        http_streams.connect(port, api_key=devnet["api_key"]) as connection,
+    ):
         for number in range(ROUNDS + 5):
-            ours, _ = await http_streams.stream_once(port, body, api_key=devnet["api_key"])
+            ours, _ = await connection.ask(body)
             await trio.sleep(0.02)  # settlement of the last job is not part of the next
             engine = await time_to_first_token(PROMPT)
             await trio.sleep(0.02)

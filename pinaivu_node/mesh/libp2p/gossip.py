@@ -16,7 +16,7 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 
 from pinaivu_node.mesh.config import MeshConfig
-from pinaivu_node.mesh.libp2p.transport import Fault, PeerGate
+from pinaivu_node.mesh.libp2p.transport import Buffered, Fault, PeerGate
 from pinaivu_node.mesh.mesh import MAX_FRAME_BYTES
 from pinaivu_node.protocol.ids import PeerId
 
@@ -47,6 +47,10 @@ class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
             if local:
                 raise
             self.fault(PeerId(str(msg_forwarder)), f"a gossip message that breaks us: {exc!r}")
+
+    async def continuously_read_stream(self, stream: Any) -> None:
+        """Take in what one peer says until its stream ends."""
+        await super().continuously_read_stream(Buffered(stream))
 
     async def handle_sending_messages(self, peer_id: Any, stream: Any, queue: Any) -> None:
         """Write to one peer until that fails; the reader of its stream learns it too."""

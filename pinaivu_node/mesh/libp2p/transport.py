@@ -41,11 +41,11 @@ class Refused(Exception):
     """We want no connection with this peer."""
 
 
-class _BufferedConnection:
-    """A raw connection whose reads are served from one large read of the socket.
+class Buffered:
+    """A connection or stream whose small reads are served from one large read of it.
 
-    The stock Noise session asks for two bytes, then for a record; Yamux asks it for a header, then
-    for a body.  Each used to be a turn through the event loop of its own.
+    The stock Noise session asks its socket for two bytes, then for a record; gossip asks its stream
+    for one byte after another.  Each used to be a turn through the event loop of its own.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -70,10 +70,10 @@ class _GatedNoise(NoiseTransport):  # type: ignore[misc] # untyped base
     gate: PeerGate
 
     async def secure_inbound(self, conn: Any) -> Any:
-        return self._gated(await super().secure_inbound(_BufferedConnection(conn)))
+        return self._gated(await super().secure_inbound(Buffered(conn)))
 
     async def secure_outbound(self, conn: Any, peer_id: Any) -> Any:
-        return self._gated(await super().secure_outbound(_BufferedConnection(conn), peer_id))
+        return self._gated(await super().secure_outbound(Buffered(conn), peer_id))
 
     def _gated(self, secured: Any) -> Any:
         peer = PeerId(str(secured.get_remote_peer()))
