@@ -26,7 +26,7 @@ from pinaivu_node.protocol.inference import (
 )
 from pinaivu_node.protocol.market import SegmentOutcome, Voucher
 
-MAX_UNREAD_BYTES: Final = 1 << 20
+MAX_UNREAD_CHARACTERS: Final = 1 << 20
 """Text that waits for one client: about a quarter of a million tokens, longer than most answers."""
 _WELL_ENDED: Final = (Finish.STOP, Finish.LENGTH)
 
@@ -118,7 +118,7 @@ class Attempt:
         if delta.text:
             self._texts.append(delta.text)
             self._unread += len(delta.text)
-            if self._unread > MAX_UNREAD_BYTES:
+            if self._unread > MAX_UNREAD_CHARACTERS:
                 self.fail(SegmentOutcome.CANCELLED, "the client does not read its answer")
         self._changed.set()
         return self.segment.voucher_due()

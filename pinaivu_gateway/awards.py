@@ -60,7 +60,7 @@ def open_award_untrusted(
     Raises RemoteProtocolError if any token is not signed by the coordinator for this very job.
     """
     addresses = {contact.peer: contact.addresses for contact in award.contacts}
-    assignments = []
+    assignments: list[Assignment] = []
     for envelope in award.tokens:
         token = open_untrusted(envelope, DispatchToken, signer=coordinator)
         fault = _fault(token, request, gateway)

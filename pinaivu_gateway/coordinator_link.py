@@ -81,7 +81,8 @@ class CoordinatorLink:
         self._stream: FrameStream | None = None
         self._providers: tuple[RosterEntry, ...] = ()
         self._asked: dict[RequestId, _Question] = {}
-        self._abandoned: OrderedDict[RequestId, None] = OrderedDict()
+        self._abandoned: OrderedDict[RequestId, bool] = OrderedDict()
+        """Whether it was handed back unseen; an award that comes all the same is again."""
         self._receipts: dict[RequestId, trio.Event] = {}
 
     @property
@@ -164,6 +165,7 @@ class CoordinatorLink:
             self._providers = ()
             for question in self._asked.values():
                 question.lose()
+            self._hand_back_abandoned()
         if failure is not None:
             logger.warning("lost the coordinator: %s", failure)
             raise failure
@@ -244,11 +246,18 @@ class CoordinatorLink:
 
     def _abandon(self, request_id: RequestId, *, is_lost: bool) -> None:
         """Nobody waits any more, but an award may come, or may have been lost on its way."""
-        self._abandoned[request_id] = None
+        self._abandoned[request_id] = is_lost
         if len(self._abandoned) > _MAX_ABANDONED:
             self._abandoned.popitem(last=False)
         if is_lost:
             self._hand_back(request_id)
+
+    def _hand_back_abandoned(self) -> None:
+        """The stream is lost, and with it perhaps awards that nobody was waiting for."""
+        for request_id, is_handed_back in self._abandoned.items():
+            if not is_handed_back:
+                self._abandoned[request_id] = True
+                self._hand_back(request_id)
 
 
 class _Question:

@@ -39,14 +39,18 @@ class Deliveries:
             self._take(request_id, envelope)
 
     async def add(self, request_id: RequestId, envelope: Envelope) -> None:
-        """Keep a delivery, and send it when it is durable."""
+        """Keep a delivery, and send it when it is durable.
+
+        Told without being durable if the disk fails, or is so slow that the wait for it is
+        cancelled: a delivery that the coordinator has is worth more than one that waits for a disk
+        to be repaired.
+        """
         try:
             await self._outbox.put(request_id, envelope)
         except Exception:
-            # Told without being durable: a delivery that the coordinator has is worth more than
-            # one that waits for a disk to be repaired.
             logger.exception("cannot keep the delivery of %s", request_id)
-        self._take(request_id, envelope)
+        finally:
+            self._take(request_id, envelope)
 
     def settle(self, request_id: RequestId) -> None:
         """Its receipt or acknowledgement has come; others are ignored."""

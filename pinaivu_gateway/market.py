@@ -280,6 +280,8 @@ class _GatewayMarket:
             with trio.move_on_after(self._config.leave_timeout) as scope:
                 scope.shield = True
                 await work()
+            if scope.cancelled_caught:
+                logger.warning("the delivery of %s took too long to be stored", request_id)
         except Exception:
             logger.exception("the delivery of %s failed", request_id)
         finally:

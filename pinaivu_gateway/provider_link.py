@@ -138,7 +138,11 @@ class ProviderLink:
         attempt = self._attempts.get(request_id)
         if attempt is None:
             return  # a late word on what we have dropped
+        was_over = attempt.is_over
         voucher = attempt.take_untrusted(message, now=now)
+        if isinstance(message, TokenDelta) and attempt.is_over and not was_over:
+            # More than its client reads.  Whoever would stop the job waits for that client.
+            self.cancel(request_id)
         if voucher is not None:
             self._send(encode(self._signer.seal(voucher)))
 
