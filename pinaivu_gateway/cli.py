@@ -133,7 +133,7 @@ async def _stop_on_signal(
 @keys.command("create", epilog="Example: `pinaivu-gateway keys create --name laptop`")
 def create(
     *,
-    name: Annotated[str, typer.Option(help="Who it is for.")],
+    name: Annotated[str, typer.Option(help="Who it is for.")] = "default",
     home: Home = None,
     database: Database = None,
     as_json: Json = False,
