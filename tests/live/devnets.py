@@ -15,8 +15,6 @@ from typing import Any
 
 import httpx
 
-from pinaivu_node.config import DATA_FOLDER
-
 MODEL = "smollm2:135m"
 NODE = [sys.executable, "-m", "pinaivu_node.cli"]
 GATEWAY = [sys.executable, "-m", "pinaivu_gateway.cli"]
@@ -108,7 +106,7 @@ def eventually(condition: Callable[[], Any], *, within: float) -> Any:
 
 @contextmanager
 def devnet(home: Path, *options: str) -> Iterator[Network]:
-    models = os.environ.get("PINAIVU_TEST_MODELS", str(DATA_FOLDER / "models"))
+    models = os.environ.get("PINAIVU_TEST_MODELS", str(Path.home() / ".cache/pinaivu-test/models"))
     command = [
         *NODE, "devnet", "--json", "--home", str(home), "--port", "0",
         "--models-folder", models, *options,
