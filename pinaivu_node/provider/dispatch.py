@@ -136,6 +136,9 @@ def _fault_of_size(token: DispatchToken, dispatch: Dispatch, door: Doorkeeper) -
             RefuseReason.OVER_LIMITS,
             f"max_tokens {sampling.max_tokens} is over the limit of {token.output_limit}",
         )
+    if dispatch.resume_token_ids and token.rank == 0:
+        # Nobody served before the winner; what a gateway adds here it would not pay as a prompt.
+        return RefuseReason.OVER_LIMITS, "the winner has nothing to go on from"
     if len(dispatch.resume_token_ids) > token.output_limit:
         return RefuseReason.OVER_LIMITS, "more tokens to go on from than the whole answer may have"
     if _characters(dispatch.prompt) > door.max_prompt_characters:

@@ -137,6 +137,7 @@ class GatewayStream:
                 raise RemoteProtocolError(f"{self._forgeries} dispatches that it had no right to")
             return
         work = self._works[answer.request_id] = _Work(answer)
+        self._shop.stopped_by(answer, work.scope.cancel)
         nursery.start_soon(self._run, work, dispatch)
 
     def _on_voucher_untrusted(self, envelope: Envelope) -> None:

@@ -6,6 +6,7 @@ one step that no other task can come between.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -47,10 +48,15 @@ from pinaivu_node.provider.statistics import (
     Tally,
 )
 
+logger = logging.getLogger(__name__)
+
 Clock = Callable[[], UnixMilliseconds]
 
 _REMEMBERED: Final = 65_536
 """Offers answered and tokens used: ten seconds of six thousand a second, and some 10 MB."""
+
+_SETTLED_IS_REMEMBERED: Final = 60_000
+"""Milliseconds; a dispatch token lives a sixth of it."""
 
 
 class Shop:
@@ -85,6 +91,7 @@ class Shop:
         """How far the coordinator's clock is ahead of ours."""
         self._first_issue: UnixMilliseconds | None = None
         self._jobs: dict[RequestId, Job] = {}
+        self._stops: dict[RequestId, Callable[[], None]] = {}
         self._running: dict[ModelName, int] = dict.fromkeys(served, 0)
         self._answered = SeenRequests(_REMEMBERED)
         self._used = SeenRequests(_REMEMBERED)
@@ -144,13 +151,27 @@ class Shop:
         return answer
 
     def receipted(self, receipt: Receipt) -> None:
-        """A verified receipt: the proof has done its work."""
+        """A verified receipt: the proof has done its work, or there is nothing more to earn."""
         if not self.proofs.settle(receipt.request_id):
-            return  # repeated, or about a job that we know nothing of
+            self._give_up(receipt)
+            return
         mine = sum(each.amount for each in receipt.segments if each.provider == self.me)
         # The fee is kept in the same proportion from every segment.
         fee = receipt.fee * mine // receipt.amount if receipt.amount else 0
         self.tally.earn(receipt.request_id, NanoX(mine - fee))
+
+    def _give_up(self, receipt: Receipt) -> None:
+        """Stop and refuse a job that was settled without our proof.
+
+        Its gateway said that nothing came from us, or that it is done; no token from here on would
+        be paid.  A repeated receipt, or one about a job of others, finds nothing to stop.
+        """
+        until = UnixMilliseconds(receipt.settled_at + _SETTLED_IS_REMEMBERED)
+        self._used.add(receipt.request_id, until=until, now=self.now())
+        stop = self._stops.get(receipt.request_id)
+        if stop is not None:
+            logger.warning("job %s was settled while it ran here", receipt.request_id)
+            stop()
 
     async def hear_news(self, timeout: float) -> None:
         """Wait until there is something that the coordinator should know, or the time is over."""
@@ -193,6 +214,10 @@ class Shop:
         self._running[token.model] += 1
         return job
 
+    def stopped_by(self, job: Job, stop: Callable[[], None]) -> None:
+        """How to stop this job while it runs; forgotten when its account is closed."""
+        self._stops[job.request_id] = stop
+
     def generation(self, job: Job, dispatch: Dispatch) -> GenerationRequest:
         """What the job's engine is to do."""
         return generation_of(dispatch, deadline_ms=self.time_left(job))
@@ -217,12 +242,14 @@ class Shop:
     def turned_away(self, job: Job, reason: RefuseReason, explanation: str) -> Refuse:
         """The engine would not take the job after all: close its account, unsigned."""
         del self._jobs[job.request_id]
+        self._stops.pop(job.request_id, None)
         self.tally.refusals[reason] += 1
         return refusal(job.request_id, reason, explanation)
 
     def seal(self, job: Job, ending: Ending) -> Done:
         """Close a job's account: sign the proof, see that it gets paid, and make the last word."""
         del self._jobs[job.request_id]
+        self._stops.pop(job.request_id, None)
         proof = job.proof(ending, me=self.me, now=trio.current_time())
         envelope = self._signer.seal(proof)
         self.proofs.add(job.request_id, envelope)

@@ -155,7 +155,7 @@ def test_more_tokens_than_the_limit(facts, answer):
 
 
 def test_more_tokens_to_go_on_from_than_the_limit(facts, answer):
-    dispatch = facts.dispatch(resume=(1,) * 33, output_limit=32)
+    dispatch = facts.dispatch(resume=(1,) * 33, output_limit=32, rank=1)
     refused(answer(dispatch), RefuseReason.OVER_LIMITS)
 
 
@@ -200,3 +200,8 @@ def test_whatever_the_coordinator_signed_is_a_token_or_malformed(facts, answer, 
     )
     dispatch = facts.dispatch().model_copy(update={"token": envelope})
     refused(answer(dispatch), RefuseReason.MALFORMED_TOKEN)
+
+
+def test_a_winner_has_nothing_to_go_on_from(facts, answer):
+    refused(answer(facts.dispatch(resume=(1,))), RefuseReason.OVER_LIMITS)
+    assert isinstance(answer(facts.dispatch(resume=(1,), rank=1)), DispatchToken)

@@ -347,6 +347,38 @@ async def test_a_receipt_of_another_signer_pays_nothing(autojump_clock, world, f
         assert provider.statistics().unpaid_proofs == 1
 
 
+def receipt_of_nothing(facts, proof, request):
+    """What a coordinator writes when the gateway reports that nothing came."""
+    return facts.coordinator.seal(
+        facts.receipt(proof.model_copy(update={"request_id": request, "usage": ZERO_USAGE}))
+    )
+
+
+async def test_a_job_that_is_settled_while_it_runs_is_stopped(autojump_clock, world, facts):
+    """Its gateway told the coordinator that nothing came, and goes on reading."""
+    async with world.market() as (coordinator, provider, gateway):
+        _, proof = await gateway.wait_done(await gateway.dispatch())
+        sampling = Sampling(max_tokens=2000)
+        request = await gateway.dispatch(sampling=sampling, output_limit=2000)
+        await gateway.until(lambda: len(gateway.ids[request]) >= 5)
+        await coordinator.say(receipt_of_nothing(facts, proof, request))
+        done, _ = await gateway.wait_done(request)
+        assert done.finish is Finish.CANCELLED
+        assert len(gateway.ids[request]) < 100
+        assert provider.statistics().running == ()
+
+
+async def test_a_job_that_was_settled_before_is_refused(autojump_clock, world, facts):
+    async with world.market() as (coordinator, provider, gateway):
+        _, proof = await gateway.wait_done(await gateway.dispatch())
+        dispatch = facts.dispatch(now=gateway.clock())
+        await coordinator.say(receipt_of_nothing(facts, proof, dispatch.request_id))
+        await trio.sleep(0.1)
+        await gateway.dispatch(dispatch)
+        await gateway.until(lambda: dispatch.request_id in gateway.refused)
+        assert provider.statistics().refusals[RefuseReason.REPLAYED] == 1
+
+
 async def test_a_repeated_receipt_is_counted_once(autojump_clock, world, facts):
     async with world.market() as (coordinator, provider, gateway):
         request = await gateway.dispatch()
