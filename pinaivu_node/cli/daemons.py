@@ -25,6 +25,8 @@ from pinaivu_node.cli import (
 from pinaivu_node.config import DATA_FOLDER, CoordinatorSettings, ProviderSettings
 from pinaivu_node.identity import load_or_create_seed
 from pinaivu_node.logs import setup_logging
+from pinaivu_node.models.catalogue import CATALOGUE
+from pinaivu_node.protocol.ids import ModelName
 
 if TYPE_CHECKING:
     from pinaivu_node.devnet import Devnet, DevnetPlan
@@ -162,7 +164,7 @@ async def _run_devnet(plan: DevnetPlan, *, as_json: bool) -> None:
                     if as_json:
                         print_json(network.as_json())
                     else:
-                        _show_devnet(network)
+                        _show_devnet(network, model=plan.models[0])
                     async for name, pid in watch(network):
                         errors.print(
                             f"[yellow]{name} (pid {pid}) ended;[/] start it again with\n  "
@@ -178,16 +180,21 @@ async def _run_devnet(plan: DevnetPlan, *, as_json: bool) -> None:
     errors.print("devnet: stopped")
 
 
-def _show_devnet(network: Devnet) -> None:
-    body = '{"model": "smollm2:135m", "messages": [{"role": "user", "content": "Hello!"}]}'
+def _show_devnet(network: Devnet, *, model: str) -> None:
+    chats = model not in CATALOGUE or CATALOGUE[ModelName(model)].chat
+    path, prompt = (
+        ("chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]')
+        if chats
+        else ("completions", '"prompt": "Once upon a time"')
+    )
     screen.print(f"[bold]gateway[/]      {network.base_url}")
     screen.print(f"[bold]key[/]          {network.api_key}")
     screen.print(f"[bold]coordinator[/]  {network.coordinator}", soft_wrap=True)
     screen.print(f"[bold]state[/]        {network.home}\n")
     screen.print(
-        f"curl {network.base_url}/chat/completions \\\n"
+        f"curl {network.base_url}/{path} \\\n"
         f"  -H 'Authorization: Bearer {network.api_key}' \\\n"
-        f"  -H 'Content-Type: application/json' \\\n  -d '{body}'\n",
+        f"  -H 'Content-Type: application/json' \\\n  -d '{{\"model\": \"{model}\", {prompt}}}'\n",
         soft_wrap=True,
         markup=False,
     )
