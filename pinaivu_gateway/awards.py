@@ -36,7 +36,7 @@ def job_request(order: JobOrder, *, now: UnixMilliseconds) -> JobRequest:
         request_id=order.request_id,
         kind=order.kind,
         model=order.model,
-        model_digest=None,
+        model_digest=order.model_digest,
         input_estimate=min(order.input_estimate, order.input_limit),
         input_limit=order.input_limit,
         output_estimate=min(order.output_estimate, order.output_limit),

@@ -46,6 +46,8 @@ class JobOrder:
     deny: tuple[PeerId, ...] = ()
     fingerprints: tuple[bytes, ...] = ()
     tenant: bytes = b""
+    model_digest: Digest | None = None
+    """The only weights that will do; None: whatever the winner announces."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from pinaivu_gateway.openai_schema import (
     OtherPart,
     TextPart,
 )
+from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
     Digest,
@@ -223,7 +224,14 @@ def _order(
         deny=tuple(wishes.deny),
         fingerprints=limits.fingerprints,
         tenant=limits.tenant,
+        model_digest=_pinned_weights(ModelName(request.model)),
     )
+
+
+def _pinned_weights(model: ModelName) -> Digest | None:
+    """What a catalogue name stands for, so that nobody sells other weights under it."""
+    entry = CATALOGUE.get(model)
+    return None if entry is None else entry.digest
 
 
 def _output_limit(

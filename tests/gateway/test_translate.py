@@ -27,6 +27,7 @@ from pinaivu_gateway.translate import (
     context_window_of,
     price_ceiling,
 )
+from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import MAX_SAFE_INTEGER, request_id_of
 from pinaivu_node.protocol.market import JobKind, Preference
 
@@ -239,3 +240,10 @@ def test_the_window_is_the_widest_offered():
     assert context_window_of(roster(), MODEL) == 8192
     assert context_window_of(roster(), "other") is None
     assert offer(output=1, window=5).context_window == 5
+
+
+def test_a_catalogue_name_stands_for_its_weights():
+    """Nobody sells other weights under it; a name that the catalogue does not pin may be any."""
+    assert order(model="smollm2:135m").model_digest == CATALOGUE["smollm2:135m"].digest
+    assert order(model="qwen3:0.6b").model_digest is None
+    assert order(model="my:own").model_digest is None
