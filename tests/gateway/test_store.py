@@ -124,13 +124,12 @@ async def test_usage_is_kept_once(store: Store):
 
 
 async def test_tables_are_what_the_migrations_make(store: Store, url: str):
-    if not url.startswith("sqlite"):
-        pytest.skip("compared on SQLite")
-    connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+    engine = sa.create_engine(url)
+    inspector = sa.inspect(engine)
     for table in metadata.sorted_tables:
-        found = {row[1] for row in connection.execute(f"PRAGMA table_info('{table.name}')")}
+        found = {column["name"] for column in inspector.get_columns(table.name)}
         assert found == {column.name for column in table.columns}
-    connection.close()
+    engine.dispose()
 
 
 async def test_what_is_put_is_synced_to_the_disk(tmp_path: Path):
