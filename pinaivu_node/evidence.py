@@ -79,7 +79,10 @@ def _evidence(receipt: Any, bids: Any) -> Evidence:
             leaves=leaves,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as exc:
-        raise EvidenceError(f"this is not a receipt as a gateway gives it: {exc!r}") from exc
+        raise EvidenceError(
+            "this is not a receipt as a gateway gives it: save the whole answer of "
+            "GET /v1/receipts/{request_id}"
+        ) from exc
 
 
 def _envelope(fields: dict[str, str]) -> Envelope:

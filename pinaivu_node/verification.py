@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pinaivu_node.coordinator.auction import AuctionResult, decide, open_bid_set_untrusted
+from pinaivu_node.coordinator.job import hold_for
 from pinaivu_node.coordinator.settlement import vouchered_output
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import MILLION, Digest, PeerId, RequestId, digest_of
@@ -148,26 +149,39 @@ def _proofs(receipt: Receipt, evidence: Evidence) -> Generator[Check, None, dict
 def _counts(
     receipt: Receipt, delivery: Delivery | None, proofs: dict[Digest, Proof]
 ) -> Iterator[Check]:
-    if receipt.outcome is Outcome.ABANDONED:
-        return
+    """Every token billed was signed for, by the gateway at least."""
+    if receipt.outcome is Outcome.COMPLETED and receipt.delivery is None:
+        yield Check("outcome", Verdict.FAILS, "completed, and no gateway says so")
     reports = {report.provider: report for report in delivery.segments} if delivery else {}
     for segment in receipt.segments:
-        report = reports.get(segment.provider)
         proof = proofs.get(segment.proof) if segment.proof else None
-        if report is not None:
-            yield _smaller_count(segment, report, proof)
+        yield _count(receipt, segment, reports.get(segment.provider), proof)
 
 
-def _smaller_count(segment: ReceiptSegment, report: SegmentReport, proof: Proof | None) -> Check:
-    claims = [report.usage] + ([proof.usage] if proof else [])
+def _count(
+    receipt: Receipt, segment: ReceiptSegment, report: SegmentReport | None, proof: Proof | None
+) -> Check:
     billed = segment.usage
-    # Signing a voucher admits its tokens, even to a gateway that then reports fewer.
-    admitted = max(report.usage.output, vouchered_output(proof) if proof else 0)
+    text = f"{billed.prompt} prompt, {billed.output} output"
+    if report is None and proof is None:
+        named = receipt.delivery is not None or segment.proof is not None
+        if named or not billed.prompt + billed.output:
+            return Check("token counts", Verdict.UNCHECKED, f"{text}: nothing to compare with")
+        return Check("token counts", Verdict.FAILS, f"{text}, for which nobody signed")
+    # Signing a voucher admits its tokens, even to a gateway that reports fewer or nothing at all.
+    vouchered = vouchered_output(proof) if proof else 0
+    admitted = max(report.usage.output if report else 0, vouchered)
     most_output = min(admitted, proof.usage.output) if proof else admitted
-    most_prompt = min(claim.prompt for claim in claims)
+    most_prompt = min(claim.usage.prompt for claim in (report, proof) if claim is not None)
     within = billed.prompt <= most_prompt and billed.output <= most_output
-    who = "provider and gateway agree" if len(set(claims)) == 1 else "the smaller of two counts"
-    return _holds("token counts", within, f"{billed.prompt} prompt, {billed.output} output; {who}")
+    if report is None:
+        who = "as far as the gateway's vouchers go"
+    elif proof is None:
+        who = "admitted by the gateway"
+    else:
+        same = report.usage == proof.usage
+        who = "signed by provider and gateway" if same else "the smaller of two signed counts"
+    return _holds("token counts", within, f"{text}; {who}")
 
 
 def _amounts(receipt: Receipt) -> Check:
@@ -214,8 +228,27 @@ def _auction(receipt: Receipt, evidence: Evidence) -> Iterator[Check]:
     counted = (bids, len(answers) - bids) == (receipt.bids, receipt.passes)
     yield _holds("bids", counted, f"{bids} bids and {len(answers) - bids} passes, each signed")
     yield from _replayed(receipt, decide(record, answers))
+    yield _limits(receipt, record)
     fee = -(-receipt.amount * record.policy.fee_ppm // MILLION)
     yield _holds("fee", receipt.fee <= fee, f"{record.policy.fee_ppm / 10_000:g} % by the policy")
+
+
+def _limits(receipt: Receipt, record: AuctionRecord) -> Check:
+    """Nothing is billed beyond what the job allowed, nor beyond the hold made for it."""
+    terms, delivered, within = record.terms, 0, True
+    for segment in receipt.segments:
+        # A provider that goes on after another is given what was delivered before as its prompt.
+        within = within and segment.usage.prompt <= terms.input_limit + delivered
+        delivered += segment.usage.output
+    hold = hold_for(terms, record.policy)
+    providers = [segment.provider for segment in receipt.segments]
+    within = (
+        within
+        and delivered <= terms.output_limit
+        and receipt.amount <= hold
+        and len(set(providers)) == len(providers)
+    )
+    return _holds("limits", within, f"at most {terms.output_limit} output, {hold:,} NanoX held")
 
 
 def _same_job(receipt: Receipt, record: AuctionRecord) -> Check:
@@ -239,7 +272,11 @@ def _replayed(receipt: Receipt, result: AuctionResult) -> Iterator[Check]:
         if award is None:
             yield Check("price", Verdict.FAILS, f"{segment.provider} was never awarded the job")
             continue
-        same = (award.prices, award.uplift_ppm) == (segment.prices, segment.uplift_ppm)
+        same = (award.prices, award.uplift_ppm, award.model_digest) == (
+            segment.prices,
+            segment.uplift_ppm,
+            segment.model_digest,
+        )
         yield _holds(
             "price", same, f"second price: {award.uplift_ppm / 10_000:g} % over the provider's list"
         )
