@@ -70,23 +70,17 @@ class _Running:
         self.auction: Final = auction
         self.gateway: Final = gateway
         self.offers: Final = offers
-        self.refusal: JobRefused | None = None
         self._changed = trio.Event()
 
     def wake(self) -> None:
         """The auction may be over."""
         self._changed.set()
 
-    def refuse(self, refusal: JobRefused) -> None:
-        """End the auction without a winner."""
-        self.refusal = refusal
-        self.wake()
-
     async def wait_closed(self, clock: Clock) -> None:
         """Return when the auction is to be closed."""
         # The wall clock dates the bids; one that is set back must not make an auction wait.
         with trio.move_on_after((self.auction.last_call - self.auction.opened_at) / 1000):
-            while self.refusal is None:
+            while True:
                 left = self.auction.close_time() - clock()
                 if left <= 0:
                     return
@@ -134,6 +128,12 @@ class AuctionHouse:
             raise RemoteProtocolError(
                 f"{sender} does not sell this model", action=PeerAction.IGNORE
             )
+        announced = running.offers.get(sender)
+        if isinstance(message, Bid) and announced and message.model_digest != announced.digest:
+            # Under another digest it would begin with a clean record whenever it likes.
+            raise RemoteProtocolError(
+                f"{sender} bids with other weights than it announced", action=PeerAction.IGNORE
+            )
         auction = running.auction
         before = auction.close_time()
         auction.add_answer_untrusted(message, envelope, sender=sender, now=self._floor.clock())
@@ -158,12 +158,12 @@ class AuctionHouse:
         self._running[request_id] = running
         self._per_gateway[gateway] += 1
         try:
+            if gateway not in self._solvent:
+                refused = await self._look_into_the_books(running)
+                if refused is not None:
+                    return refused
             await self._publish(running)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._look_into_the_books, running)
-                await running.wait_closed(self._floor.clock)
-            if running.refusal is not None:
-                return running.refusal
+            await running.wait_closed(self._floor.clock)
             return await self._close(running)
         finally:
             del self._running[request_id]
@@ -219,26 +219,24 @@ class AuctionHouse:
         payload = encode(self._floor.signer.seal(offer))
         await self._mesh.publish(jobs_topic(request.terms.model), payload)
 
-    async def _look_into_the_books(self, running: _Running) -> None:
-        """Refuse early what the transaction at the end would refuse anyway.
+    async def _look_into_the_books(self, running: _Running) -> JobRefused | None:
+        """Refuse what the transaction at the end would refuse anyway, before anyone is asked.
 
-        Not for a gateway whose last award went well: looking takes a thread from the auction, and
-        whoever runs out of credit costs one auction in vain.
+        Only for a gateway whose last award was not carried: looking takes a thread and time, and
+        one that runs out of credit costs a single auction in vain.
         """
-        if running.gateway in self._solvent:
-            return
         terms = running.auction.request.terms
         hold = hold_for(terms, self._floor.config.policy)
         try:
             prospect = await self._floor.store.prospect(running.gateway, terms.request_id)
         except StoreError:
             logger.exception("cannot look up the account of %s", running.gateway)
-            running.refuse(refusal.overloaded(terms, "the ledger cannot be reached"))
-            return
+            return refusal.overloaded(terms, "the ledger cannot be reached")
         if prospect.is_known:
-            running.refuse(refusal.duplicate(terms))
-        elif prospect.balance < hold:
-            running.refuse(refusal.no_credit(terms, balance=prospect.balance, hold=hold))
+            return refusal.duplicate(terms)
+        if prospect.balance < hold:
+            return refusal.no_credit(terms, balance=prospect.balance, hold=hold)
+        return None
 
     async def _close(self, running: _Running) -> Award | JobRefused | None:
         closed = running.auction.close(

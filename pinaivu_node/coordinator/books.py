@@ -127,20 +127,27 @@ class Books:
     """One connection pool of size one."""
 
     def __init__(self, url: str) -> None:
+        try:
+            self._open(url)
+        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as exc:
+            raise StoreError(
+                f"cannot use the database {url!r}: write it like sqlite:///file.db or "
+                "postgresql+psycopg://user@host/name (which needs the extra [postgres])"
+            ) from exc
+
+    def _open(self, url: str) -> None:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-        self.is_sqlite: Final = parsed.get_backend_name() == "sqlite"
-        self.engine: Final = sa.create_engine(
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self.engine = sa.create_engine(
             parsed,
             poolclass=QueuePool,
             pool_size=1,
             max_overflow=0,
             pool_pre_ping=not self.is_sqlite,  # a restarted server is noticed before it matters
         )
-        self._statements: Final = _Statements(
-            sqlite.insert if self.is_sqlite else postgresql.insert
-        )
+        self._statements = _Statements(sqlite.insert if self.is_sqlite else postgresql.insert)
         if self.is_sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
             sa.event.listen(self.engine, "begin", _begin_immediate)

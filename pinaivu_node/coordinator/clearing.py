@@ -20,6 +20,7 @@ from pinaivu_node.coordinator.ledger import settle_entry
 from pinaivu_node.coordinator.reputation import Subject, Track
 from pinaivu_node.coordinator.settlement import Bill, bill, receipt_for
 from pinaivu_node.coordinator.store import Settlement, StoredJob, StoreError
+from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import PeerId, RequestId, UnixMilliseconds, digest_of
 from pinaivu_node.protocol.market import (
     Acknowledge,
@@ -65,7 +66,11 @@ class Clearing:
     async def recover(self) -> None:
         """Take up the jobs that an earlier life of this coordinator left open."""
         for stored in await self._floor.store.open_jobs():
-            self.add(restored(stored, self._floor.signer))
+            try:
+                self.add(restored(stored, self._floor.signer))
+            except (RemoteProtocolError, ValueError, KeyError):
+                # Its hold stays, which loses nobody's money; the others must not wait for it.
+                logger.exception("a stored job cannot be read and is left alone")
         if self._jobs:
             logger.info("%d jobs of an earlier life wait for their receipts", len(self._jobs))
 

@@ -469,6 +469,19 @@ async def test_a_bid_of_who_does_not_sell_the_model_is_ignored(town, autojump_cl
     assert (await gateway.heard(JobRefused)).reason is RefusalReason.NO_BIDS
 
 
+async def test_a_bid_with_other_weights_than_announced_is_ignored(town, autojump_clock):
+    """It would begin with a clean record whenever it likes."""
+    shifty = await town.provider("shifty", answer=lambda offer: None)
+    gateway = await town.gateway()
+    await gateway.say(JobRequest(terms=make_terms()))
+    await trio.sleep(0.1)
+    await shifty.state(
+        shifty.usual(shifty.offers[0]).model_copy(update={"model_digest": digest_of(b"others")})
+    )
+    assert (await gateway.heard(JobRefused)).reason is RefusalReason.NO_BIDS
+    assert town.coordinator.statistics().messages_ignored == 1
+
+
 @pytest.mark.parametrize("first", [None, b"", b"\x00" * 100, encode(Heartbeat(sequence=1))])
 async def test_a_stream_without_a_hello_is_closed(town, autojump_clock, first):
     mesh = await town.join("somebody")

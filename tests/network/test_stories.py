@@ -254,6 +254,17 @@ async def test_every_refusal_says_what_is_missing(town: Town, autojump_clock) ->
             pass
 
 
+async def test_a_gateway_without_credit_bothers_nobody(town: Town, autojump_clock) -> None:
+    await town.coordinator(welcome_credit=0)
+    provider = await town.provider("a")
+    market = await town.gateway()
+    await until(lambda: len(market.providers()) == 1)
+    with pytest.raises(NoCredit):
+        async with market.buy(town.order()):
+            pass
+    assert provider.statistics().offers == 0
+
+
 async def test_a_filter_that_nobody_passes_is_an_error_and_not_dropped(
     town: Town, autojump_clock
 ) -> None:
