@@ -89,6 +89,8 @@ class RankedAward:
     expected_cost: NanoX
     expected_time_ms: Milliseconds
     generalised_cost: int
+    warm_tokens: int = 0
+    """Prompt tokens that it said it has warm, and that helped it win: they are billed as such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,7 @@ def _award(record: AuctionRecord, contest: Sequence[_Score], *, rank: int) -> Ra
         expected_cost=winner.expected_cost,
         expected_time_ms=winner.expected_time_ms,
         generalised_cost=winner.generalised_cost,
+        warm_tokens=winner.usage.cached_input,
     )
 
 

@@ -29,6 +29,8 @@ from pinaivu_node.protocol.market import (
     Delivery,
     DispatchToken,
     Proof,
+    SegmentOutcome,
+    SegmentReport,
 )
 from pinaivu_node.protocol.merkle import tree_root
 from pinaivu_node.protocol.receipt import BidSetReply, ReceiptReply
@@ -194,7 +196,7 @@ class Clearing:
         return {
             subject: self._floor.reputation.after(subject, report, now=now)
             for report, award in awards
-            if award is not None
+            if award is not None and _is_measured(report, job)
             for subject in [Subject(award.provider, award.model_digest)]
         }
 
@@ -217,6 +219,16 @@ class Clearing:
 
     def _release(self, job: Job, provider: PeerId, *, ran: bool) -> None:
         self._floor.market.release(provider, job.contract.terms.model, job.request_id, ran=ran)
+
+
+def _is_measured(report: SegmentReport, job: Job) -> bool:
+    """Whether a report says something of its provider.
+
+    That one did well is believed only with tokens and its proof: nobody gets a record for nothing.
+    """
+    if report.outcome not in (SegmentOutcome.COMPLETED, SegmentOutcome.CANCELLED):
+        return True
+    return report.usage.output > 0 and report.provider in job.proofs
 
 
 def restored(stored: StoredJob, signer: Signer) -> Contract:

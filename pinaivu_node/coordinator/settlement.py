@@ -183,7 +183,7 @@ def _parts(job: Job) -> Iterator[_Part]:
 
 def _segment(contract: Contract, part: _Part, *, delivered: int, left: NanoX) -> ReceiptSegment:
     award = part.award
-    usage = _limited(contract, part.usage, delivered=delivered)
+    usage = _held_to(award, _limited(contract, part.usage, delivered=delivered))
     due = cost(usage, award.prices, uplift_ppm=award.uplift_ppm) if usage.output else 0
     return ReceiptSegment(
         provider=award.provider,
@@ -208,6 +208,14 @@ def _limited(contract: Contract, usage: TokenUsage, *, delivered: int) -> TokenU
         input=min(usage.input, most_prompt - cached),
         cached_input=cached,
         output=min(usage.output, contract.terms.output_limit - delivered),
+    )
+
+
+def _held_to(award: RankedAward, usage: TokenUsage) -> TokenUsage:
+    """What a bidder claimed to have warm is paid as warm: the claim helped it win."""
+    cold = max(0, min(award.warm_tokens, usage.prompt) - usage.cached_input)
+    return TokenUsage(
+        input=usage.input - cold, cached_input=usage.cached_input + cold, output=usage.output
     )
 
 

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from contracts import GATEWAY, STANDBY, STRANGER, WINNER, deliver, make_job, prove
+from contracts import (
+    GATEWAY,
+    STANDBY,
+    STRANGER,
+    WINNER,
+    deliver,
+    make_contract,
+    make_job,
+    prove,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from market_town import PRICES, START, TEXT, make_delivery, make_report, make_voucher
 
+from pinaivu_node.coordinator.job import Job
 from pinaivu_node.coordinator.ledger import settle_entry
 from pinaivu_node.coordinator.settlement import bill, receipt_for
 from pinaivu_node.protocol.ids import digest_of
@@ -28,6 +40,18 @@ def settled(*, proven=None, reports=None, voucher=None, outcome=Outcome.COMPLETE
         segments = [make_report(signer.peer_id, **said) for signer, said in reports.items()]
         deliver(job, make_delivery(GATEWAY.peer_id, *segments, outcome=outcome))
     return job, bill(job)
+
+
+@pytest.mark.parametrize(("warm", "paid"), [(0, (100, 0)), (30, (70, 30)), (10**8, (0, 100))])
+def test_what_was_claimed_to_be_warm_is_paid_as_warm(warm, paid):
+    """The claim made the bid cheaper; a cold prompt at the full price was not what won."""
+    contract = make_contract()
+    claimed = tuple(replace(award, warm_tokens=warm) for award in contract.awards)
+    job = Job(replace(contract, awards=claimed))
+    prove(job, WINNER, usage())
+    deliver(job, make_delivery(GATEWAY.peer_id, make_report(WINNER.peer_id, usage=usage())))
+    [segment] = bill(job).segments
+    assert (segment.usage.input, segment.usage.cached_input) == paid
 
 
 def price(used: TokenUsage) -> int:
