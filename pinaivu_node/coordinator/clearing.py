@@ -17,7 +17,7 @@ from pinaivu_node.coordinator.auction import decide, open_bid_set_untrusted
 from pinaivu_node.coordinator.floor import Floor
 from pinaivu_node.coordinator.job import Contract, Job
 from pinaivu_node.coordinator.ledger import settle_entry
-from pinaivu_node.coordinator.reputation import Subject, Track
+from pinaivu_node.coordinator.reputation import Subject, Track, is_measured
 from pinaivu_node.coordinator.settlement import Bill, bill, receipt_for
 from pinaivu_node.coordinator.store import Settlement, StoredJob, StoreError
 from pinaivu_node.protocol.errors import RemoteProtocolError
@@ -29,8 +29,6 @@ from pinaivu_node.protocol.market import (
     Delivery,
     DispatchToken,
     Proof,
-    SegmentOutcome,
-    SegmentReport,
 )
 from pinaivu_node.protocol.merkle import tree_root
 from pinaivu_node.protocol.receipt import BidSetReply, ReceiptReply
@@ -196,7 +194,7 @@ class Clearing:
         return {
             subject: self._floor.reputation.after(subject, report, now=now)
             for report, award in awards
-            if award is not None and _is_measured(report, job)
+            if award is not None and is_measured(report, proven=report.provider in job.proofs)
             for subject in [Subject(award.provider, award.model_digest)]
         }
 
@@ -219,16 +217,6 @@ class Clearing:
 
     def _release(self, job: Job, provider: PeerId, *, ran: bool) -> None:
         self._floor.market.release(provider, job.contract.terms.model, job.request_id, ran=ran)
-
-
-def _is_measured(report: SegmentReport, job: Job) -> bool:
-    """Whether a report says something of its provider.
-
-    That one did well is believed only with tokens and its proof: nobody gets a record for nothing.
-    """
-    if report.outcome not in (SegmentOutcome.COMPLETED, SegmentOutcome.CANCELLED):
-        return True
-    return report.usage.output > 0 and report.provider in job.proofs
 
 
 def restored(stored: StoredJob, signer: Signer) -> Contract:

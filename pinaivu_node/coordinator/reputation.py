@@ -112,6 +112,16 @@ _VERDICT: Final[dict[SegmentOutcome, int | None]] = {
 }
 
 
+def is_measured(report: SegmentReport, *, proven: bool) -> bool:
+    """Whether a report says something of its provider; `proven` is whether its Proof is there.
+
+    That it did well is believed only with tokens and the proof: nobody gets a record for nothing.
+    """
+    if report.outcome not in (SegmentOutcome.COMPLETED, SegmentOutcome.CANCELLED):
+        return True
+    return proven and report.usage.output > 0
+
+
 def _speed(report: SegmentReport) -> int | None:
     """Millitokens per second after the first token; None if too little was seen."""
     if report.ttft_ms is None or report.usage.output < FEWEST_TOKENS:

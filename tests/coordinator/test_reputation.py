@@ -14,6 +14,7 @@ from pinaivu_node.coordinator.reputation import (
     Reputation,
     Subject,
     Track,
+    is_measured,
 )
 from pinaivu_node.protocol.ids import MAX_SAFE_INTEGER, MILLION
 from pinaivu_node.protocol.market import SegmentOutcome
@@ -28,6 +29,22 @@ def measured(*reports, now=START):
     for report in reports:
         reputation.learn(SUBJECT, reputation.after(SUBJECT, report, now=START))
     return reputation.measurement(SUBJECT, now=now)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "output", "proven", "counts"),
+    [
+        (SegmentOutcome.COMPLETED, 5, True, True),
+        (SegmentOutcome.COMPLETED, 5, False, False),
+        (SegmentOutcome.COMPLETED, 0, True, False),
+        (SegmentOutcome.CANCELLED, 5, False, False),
+        (SegmentOutcome.DIED, 0, False, True),
+    ],
+)
+def test_nobody_gets_a_record_for_nothing(outcome, output, proven, counts):
+    usage = TokenUsage(input=1, cached_input=0, output=output)
+    report = make_report(PEER, outcome=outcome, usage=usage)
+    assert is_measured(report, proven=proven) is counts
 
 
 def test_a_newcomer_has_the_prior():
