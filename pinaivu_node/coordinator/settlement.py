@@ -5,7 +5,7 @@ gateway's is its Delivery, or its last Voucher where that admits more.  With bot
 count of each kind is paid.  With the Delivery alone, what the gateway admits.  With the Proof
 alone, the vouchered output and no more prompt than the gateway itself estimated.  Nothing is paid
 for a segment without output, for more than the limits, for a provider without a token, or beyond
-the hold.
+the hold; and what a bidder claimed to have warm is paid as warm.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pinaivu_node.coordinator.auction import RankedAward
-from pinaivu_node.coordinator.job import Contract, Job
+from pinaivu_node.coordinator.job import Contract, Job, Signed
 from pinaivu_node.coordinator.ledger import Share
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import (
     MILLION,
     Digest,
-    Milliseconds,
     NanoX,
     PeerId,
     UnixMilliseconds,
     digest_of,
 )
-from pinaivu_node.protocol.market import Outcome, Proof, SegmentReport, Voucher
-from pinaivu_node.protocol.money import TokenUsage, cost
+from pinaivu_node.protocol.market import JobTerms, Outcome, Proof, SegmentReport, Voucher
+from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage, cost
 from pinaivu_node.protocol.receipt import Receipt, ReceiptSegment
 from pinaivu_node.protocol.signing import Envelope, open_untrusted
 
@@ -53,13 +52,11 @@ class Bill:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One provider's part of a job: what is believed of it, and who said the rest."""
+    """One provider's part of a job, as its gateway or it itself tells it, or both."""
 
     award: RankedAward
-    usage: TokenUsage
-    said: Proof | SegmentReport
-    proof: Digest | None
-    ttft_ms: Milliseconds | None
+    report: SegmentReport | None
+    proof: Signed[Proof] | None
 
 
 def bill(job: Job) -> Bill:
@@ -138,6 +135,27 @@ def vouchered_output(proof: Proof) -> int:
     return voucher.output_tokens if same else 0
 
 
+def billed_usage(
+    award: RankedAward,
+    terms: JobTerms,
+    *,
+    report: SegmentReport | None,
+    proof: Proof | None,
+    delivered: int,
+) -> TokenUsage:
+    """What one provider is paid for, whose part began after `delivered` tokens of output.
+
+    A function of what the auction decided and what was signed, so anyone can work it out again.
+    """
+    if report is not None:
+        believed = smaller_count(report, proof)
+    elif proof is not None:
+        believed = vouchered_usage(proof, terms)
+    else:
+        believed = ZERO_USAGE
+    return _held_to(award, _limited(terms, believed, delivered=delivered))
+
+
 def smaller_count(report: SegmentReport, proof: Proof | None) -> TokenUsage:
     """What provider and gateway both stand by; without a proof, what the gateway admits."""
     if proof is None:
@@ -150,9 +168,9 @@ def smaller_count(report: SegmentReport, proof: Proof | None) -> TokenUsage:
     )
 
 
-def vouchered_usage(proof: Proof, *, contract: Contract) -> TokenUsage:
+def vouchered_usage(proof: Proof, terms: JobTerms) -> TokenUsage:
     """What is believed of a provider whose gateway never reported its part."""
-    estimate = contract.terms.input_estimate
+    estimate = terms.input_estimate
     cached = min(proof.usage.cached_input, estimate)
     return TokenUsage(
         input=min(proof.usage.input, estimate - cached),
@@ -169,21 +187,20 @@ def _parts(job: Job) -> Iterator[_Part]:
         award = contract.award_of(report.provider)
         if award is None:
             continue  # nobody without a token is ever paid
-        signed = job.proofs.get(report.provider)
-        usage = smaller_count(report, signed.message if signed else None)
-        digest = signed.envelope.digest if signed else None
-        yield _Part(award, usage, report, digest, report.ttft_ms)
+        yield _Part(award, report, job.proofs.get(report.provider))
     reported = {report.provider for report in reports}
     for award in contract.awards:
         signed = job.proofs.get(award.provider)
         if signed is not None and award.provider not in reported:
-            usage = vouchered_usage(signed.message, contract=contract)
-            yield _Part(award, usage, signed.message, signed.envelope.digest, None)
+            yield _Part(award, None, signed)
 
 
 def _segment(contract: Contract, part: _Part, *, delivered: int, left: NanoX) -> ReceiptSegment:
-    award = part.award
-    usage = _held_to(award, _limited(contract, part.usage, delivered=delivered))
+    award, report = part.award, part.report
+    proof = part.proof.message if part.proof else None
+    said = report or proof
+    assert said is not None  # noqa: S101 - a part is what somebody told
+    usage = billed_usage(award, contract.terms, report=report, proof=proof, delivered=delivered)
     due = cost(usage, award.prices, uplift_ppm=award.uplift_ppm) if usage.output else 0
     return ReceiptSegment(
         provider=award.provider,
@@ -192,22 +209,22 @@ def _segment(contract: Contract, part: _Part, *, delivered: int, left: NanoX) ->
         prices=award.prices,
         uplift_ppm=award.uplift_ppm,
         amount=NanoX(min(due, left)),
-        outcome=part.said.outcome,
-        output_hash=part.said.output_hash,
-        ttft_ms=part.ttft_ms,
-        duration_ms=part.said.duration_ms,
-        proof=part.proof,
+        outcome=said.outcome,
+        output_hash=said.output_hash,
+        ttft_ms=report.ttft_ms if report else None,
+        duration_ms=said.duration_ms,
+        proof=part.proof.envelope.digest if part.proof else None,
     )
 
 
-def _limited(contract: Contract, usage: TokenUsage, *, delivered: int) -> TokenUsage:
+def _limited(terms: JobTerms, usage: TokenUsage, *, delivered: int) -> TokenUsage:
     """No more than the job allows; a resumed prompt holds what was delivered before it as well."""
-    most_prompt = contract.terms.input_limit + delivered
+    most_prompt = terms.input_limit + delivered
     cached = min(usage.cached_input, most_prompt)
     return TokenUsage(
         input=min(usage.input, most_prompt - cached),
         cached_input=cached,
-        output=min(usage.output, contract.terms.output_limit - delivered),
+        output=min(usage.output, terms.output_limit - delivered),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import sqlalchemy as sa
 import trio
 from market_town import (
     START,
@@ -23,9 +24,16 @@ from market_town import (
 
 from pinaivu_node.coordinator.auction import decide, open_bid_set_untrusted
 from pinaivu_node.coordinator.config import CoordinatorConfig
-from pinaivu_node.coordinator.ledger import TREASURY, gateway_account, provider_account
+from pinaivu_node.coordinator.ledger import (
+    TREASURY,
+    gateway_account,
+    hold_account,
+    provider_account,
+)
 from pinaivu_node.coordinator.pace import Pace
+from pinaivu_node.coordinator.schema import jobs
 from pinaivu_node.coordinator.sessions import Session
+from pinaivu_node.coordinator.settlement import billed_usage
 from pinaivu_node.mesh.mesh import StreamLost
 from pinaivu_node.protocol.market import (
     Acknowledge,
@@ -40,7 +48,7 @@ from pinaivu_node.protocol.market import (
     SegmentOutcome,
 )
 from pinaivu_node.protocol.merkle import tree_root
-from pinaivu_node.protocol.money import ZERO_USAGE
+from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.receipt import (
     BidSetReply,
     BidSetRequest,
@@ -216,6 +224,23 @@ async def test_every_receipt_stands_up_to_its_verification(
     assert [check for check in checks if check.verdict is Verdict.FAILS] == []
 
 
+@pytest.mark.parametrize(("claimed", "cold"), [(0, 100), (60, 40), (10**6, 0)])
+async def test_a_claim_of_warm_tokens_is_what_is_paid(town, autojump_clock, claimed, cold):
+    provider, gateway = await town.provider("one"), await town.gateway()
+    provider.answer = lambda offer: provider.usual(offer, warm_tokens=claimed)
+    await provider.state(make_proof((await awarded(gateway)).tokens[0], provider.signer))
+    await gateway.state(make_delivery(gateway.peer_id, make_report(provider.peer_id)))
+    [segment] = (await receipt_of(town, gateway)).segments
+    assert segment.usage == TokenUsage(input=cold, cached_input=100 - cold, output=USAGE.output)
+    stream = await (await town.join("anyone")).open(town.peer_id, LOG)
+    leaves = (await asked(stream, BidSetRequest(request_id=request_id()))).leaves
+    record, answers = open_bid_set_untrusted(leaves)
+    report = make_report(provider.peer_id)
+    [award] = decide(record, answers).awards
+    again = billed_usage(award, record.terms, report=report, proof=None, delivered=0)
+    assert again == segment.usage  # by anyone, from what the coordinator serves
+
+
 # --- restarts -------------------------------------------------------------------------------------
 
 
@@ -243,6 +268,21 @@ async def test_a_restart_keeps_jobs_books_and_measurements(autojump_clock, datab
         assert len(await town.store.tracks()) == 1
         await gateway.say(JobRequest(terms=make_terms(1)))
         await gateway.heard(JobRefused)
+
+
+async def test_a_stored_job_that_cannot_be_read_stops_no_other(autojump_clock, database):
+    async with open_town(database) as town:
+        await town.provider("one")
+        gateway = await town.gateway()
+        await awarded(gateway, 1)
+        await awarded(gateway, 2)
+        spoil = sa.update(jobs).where(jobs.c.request_id == request_id(1)).values(award=b"\x00")
+        await town.store._transact(lambda connection: connection.execute(spoil))
+    async with open_town(database) as town:
+        assert town.coordinator.statistics().open_jobs == 1
+        await trio.sleep(3_700)
+        assert town.coordinator.statistics().settlements == {Outcome.ABANDONED: 1}
+        assert await balance(town, hold_account(request_id(1))) > 0
 
 
 async def test_after_a_restart_a_job_that_nobody_speaks_of_ends(autojump_clock, database):
