@@ -1,6 +1,6 @@
 """Holds auctions: a JobRequest in, an Award or a JobRefused out.
 
-While the offer is out and the bids come in, the gateway's balance is looked up; when the auction
+The balance of a gateway that is not known to be good for it is looked up first; when the auction
 has closed, the hold, the award and the bid set become durable in one transaction; only then is
 the Award sent.  An auction that does not come to an award leaves no trace in the books, so there
 is nothing to repair after a crash.
@@ -98,7 +98,7 @@ class AuctionHouse:
         self._clearing = clearing
         self._running: dict[RequestId, _Running] = {}
         self._solvent: set[PeerId] = set()
-        """Gateways whose last award the books carried; the next is trusted to be carried too."""
+        """Gateways here whose last award the books carried; the next is trusted to be carried."""
         self._per_gateway: Counter[PeerId] = Counter()
 
     def __len__(self) -> int:
@@ -128,7 +128,10 @@ class AuctionHouse:
             raise RemoteProtocolError(
                 f"{sender} does not sell this model", action=PeerAction.IGNORE
             )
-        announced = running.offers.get(sender)
+        # One that came after the opening may answer too; its offer then is the one it has now.
+        announced = running.offers.get(sender) or self._floor.market.offer(
+            sender, running.auction.request.terms.model
+        )
         if isinstance(message, Bid) and announced and message.model_digest != announced.digest:
             # Under another digest it would begin with a clean record whenever it likes.
             raise RemoteProtocolError(
@@ -140,10 +143,11 @@ class AuctionHouse:
         if auction.close_time() != before:
             running.wake()
 
-    def forget(self, provider: PeerId) -> None:
-        """A provider has left: no auction waits for it."""
+    def forget(self, peer: PeerId) -> None:
+        """A peer has left: no auction waits for it, and what it may owe is looked up again."""
+        self._solvent.discard(peer)
         for running in self._running.values():
-            running.auction.forget(provider)
+            running.auction.forget(peer)
             if running.auction.is_complete():
                 running.wake()
 
@@ -298,7 +302,8 @@ class AuctionHouse:
             self._solvent.discard(running.gateway)
             self._floor.market.release(winner, terms.model, terms.request_id, ran=False)
             return refused
-        self._solvent.add(running.gateway)
+        if self._floor.sessions.is_here(running.gateway):  # or nobody would ever take it out
+            self._solvent.add(running.gateway)
         self._clearing.add(contract)
         return award
 

@@ -156,6 +156,11 @@ class Market:
         """Whether this peer is live and announces the model."""
         return peer in self._sellers.get(model, ())
 
+    def offer(self, peer: PeerId, model: ModelName) -> ModelOffer | None:
+        """What a peer announces of a model now."""
+        sale = self._sale(peer, model)
+        return sale.offer if sale else None
+
     def is_announced(self, model: ModelName) -> bool:
         """Whether anybody live serves the model, draining or not."""
         return bool(self._sellers.get(model))

@@ -232,8 +232,8 @@ class Coordinator:
         self._roster_changed.set()
 
     def _leave(self, peer: PeerId) -> None:
+        self._house.forget(peer)
         if self._floor.market.leave(peer):
-            self._house.forget(peer)
             self._roster_changed.set()
 
     async def _welcome(self, session: Session) -> Welcome:

@@ -290,6 +290,32 @@ async def test_no_credit_names_the_balance_and_the_need(town, autojump_clock):
     assert "240000 NanoX" in refused.explanation
 
 
+async def test_the_books_are_looked_into_before_the_first_offer_of_a_session_alone(
+    town, autojump_clock
+):
+    await town.provider("one", capacity=9)
+    gateway = await town.gateway()
+
+    async def transactions(number: int) -> int:
+        before = town.coordinator.statistics().store.transactions
+        assert isinstance(await ask(gateway, number), Award)
+        return town.coordinator.statistics().store.transactions - before
+
+    assert [await transactions(number) for number in (1, 2, 3)] == [2, 1, 1]
+    gateway.stream.reset()
+    await trio.sleep(0.1)
+    stream = await town.hello(gateway.mesh, Role.GATEWAY)
+    gateway = Peer(gateway.mesh, gateway.signer, stream)
+    await town._settle_in(gateway)
+    assert [await transactions(number) for number in (4, 5)] == [2, 1]
+
+
+async def test_the_broke_bother_nobody(town, autojump_clock):
+    provider = await town.provider("one")
+    assert (await refusal(await town.gateway(credit=0))).reason is RefusalReason.NO_CREDIT
+    assert provider.offers == []
+
+
 async def test_two_jobs_cannot_spend_the_same_money(town, autojump_clock):
     await town.provider("one")
     gateway = await town.gateway(credit=240_000)
@@ -479,6 +505,21 @@ async def test_a_bid_with_other_weights_than_announced_is_ignored(town, autojump
         shifty.usual(shifty.offers[0]).model_copy(update={"model_digest": digest_of(b"others")})
     )
     assert (await gateway.heard(JobRefused)).reason is RefusalReason.NO_BIDS
+    assert town.coordinator.statistics().messages_ignored == 1
+
+
+async def test_one_that_comes_after_the_opening_is_held_to_its_announcement_too(
+    town, autojump_clock
+):
+    mute = await town.provider("mute", answer=lambda offer: None)
+    gateway = await town.gateway()
+    await gateway.say(JobRequest(terms=make_terms()))
+    await trio.sleep(0.1)
+    late = await town.provider("late")
+    bid = late.usual(mute.offers[0])
+    await late.state(bid.model_copy(update={"model_digest": digest_of(b"others")}))
+    await late.state(bid)
+    assert (await gateway.heard(Award)).contacts[0].peer == late.peer_id
     assert town.coordinator.statistics().messages_ignored == 1
 
 
