@@ -129,10 +129,11 @@ class Books:
     def __init__(self, url: str) -> None:
         try:
             self._open(url)
-        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as exc:
+        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError, ValueError) as exc:
+            # Not the whole URL: it may hold a password, and this goes to a log.
             raise StoreError(
-                f"cannot use the database {url!r}: write it like sqlite:///file.db or "
-                "postgresql+psycopg://user@host/name (which needs the extra [postgres])"
+                f"cannot use a database of the kind {url.partition(':')[0]!r}: write it like "
+                "sqlite:///file.db or postgresql://user@host/name (the extra [postgres])"
             ) from exc
 
     def _open(self, url: str) -> None:

@@ -17,8 +17,9 @@ from pinaivu_node.coordinator.store import open_store
 
 async def keep_books(url: str) -> None:
     async with open_store(url) as store:
-        print("ready", flush=True)  # noqa: T201
         for number in itertools.count(1):
+            if number == 21:
+                print("busy", flush=True)  # noqa: T201
             await store.add_job(new_job(number))
             await store.settle(settlement(number))
 
