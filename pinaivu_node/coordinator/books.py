@@ -6,9 +6,9 @@ PostgreSQL by URL, through the same statements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -78,17 +78,10 @@ class Settlement:
 
 
 # Built once: putting a statement together costs more than SQLite takes to run it.
-_LOCK_ACCOUNTS: Final = (
-    sa.select(accounts.c.name, accounts.c.balance)
-    .where(accounts.c.name.in_(sa.bindparam("touched", expanding=True)))
-    .order_by(accounts.c.name)
-    .with_for_update()
-)
 _BALANCE: Final = sa.select(accounts.c.balance).where(accounts.c.name == sa.bindparam("account"))
 _JOB: Final = sa.select(jobs.c.hold).where(jobs.c.request_id == sa.bindparam("asked"))
 _RECEIPT: Final = sa.select(receipts.c.reply).where(receipts.c.request_id == sa.bindparam("asked"))
 _BID_SET: Final = sa.select(bid_sets.c.reply).where(bid_sets.c.request_id == sa.bindparam("asked"))
-_ADD_POSTINGS: Final = sa.insert(postings)
 _ADD_BID_SET: Final = sa.insert(bid_sets)
 _ADD_RECEIPT: Final = sa.insert(receipts)
 _CLOSE_JOB: Final = (
@@ -96,6 +89,25 @@ _CLOSE_JOB: Final = (
     .where(jobs.c.request_id == sa.bindparam("closed"))
     .values(settled_at=sa.bindparam("settled_at"))
 )
+
+
+class _OfEntry(NamedTuple):
+    lock: Any
+    add: Any
+    set_balances: Any
+
+
+def _bound(column: sa.Column[Any], number: int) -> sa.BindParameter[Any]:
+    return sa.bindparam(f"{column.name}_{number}", type_=column.type)
+
+
+def _bound_row(table: sa.Table, number: int) -> dict[str, sa.BindParameter[Any]]:
+    return {column.name: _bound(column, number) for column in table.columns}
+
+
+def _numbered(rows: Iterable[Mapping[str, object]]) -> dict[str, object]:
+    """The values of `_bound_row`s."""
+    return {f"{name}_{n}": value for n, row in enumerate(rows) for name, value in row.items()}
 
 
 class _Statements:
@@ -110,9 +122,25 @@ class _Statements:
             .on_conflict_do_nothing(index_elements=["request_id"])
             .returning(jobs.c.request_id)
         )
-        self.set_balances: Final = self._upsert(insert(accounts), accounts)
+        self._insert = insert
+        self._of_entries: dict[int, _OfEntry] = {}
         self.set_tracks: Final = self._upsert(insert(measurements), measurements)
         self.set_ban: Final = self._upsert(insert(bans), bans)
+
+    def of_entry(self, size: int) -> _OfEntry:
+        """What posts an entry of so many postings: each of its steps is one statement."""
+        if size not in self._of_entries:  # as many as a job has providers, and three
+            numbers = range(size)
+            lock = (
+                sa.select(accounts.c.name, accounts.c.balance)
+                .where(accounts.c.name.in_([_bound(accounts.c.name, n) for n in numbers]))
+                .order_by(accounts.c.name)
+                .with_for_update()
+            )
+            add = sa.insert(postings).values([_bound_row(postings, n) for n in numbers])
+            balances = self._insert(accounts).values([_bound_row(accounts, n) for n in numbers])
+            self._of_entries[size] = _OfEntry(lock, add, self._upsert(balances, accounts))
+        return self._of_entries[size]
 
     @staticmethod
     def _upsert(statement: Any, table: sa.Table) -> Any:
@@ -148,6 +176,7 @@ class Books:
             max_overflow=0,
             pool_pre_ping=not self.is_sqlite,  # a restarted server is noticed before it matters
         )
+        self._compiled: dict[Any, Any] = {}
         self._statements = _Statements(sqlite.insert if self.is_sqlite else postgresql.insert)
         if self.is_sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
@@ -176,26 +205,40 @@ class Books:
 
         Raises OverdraftError, which rolls the transaction back.
         """
-        added: int | None = connection.execute(
-            self._statements.add_entry, {"key": entry.key, "posted_at": now}
+        added: int | None = self._run(
+            connection, self._statements.add_entry, {"key": entry.key, "posted_at": now}
         ).scalar_one_or_none()
         if added is None or not entry.postings:
             return added
+        statements = self._statements.of_entry(len(entry.postings))
         touched = sorted(posting.account for posting in entry.postings)
-        rows = connection.execute(_LOCK_ACCOUNTS, {"touched": touched})
+        names = _numbered({"name": name} for name in touched)
+        rows = self._run(connection, statements.lock, names)
         after = posted({row.name: row.balance for row in rows}, entry)
-        connection.execute(
-            _ADD_POSTINGS,
-            [
-                {"entry_id": added, "account": posting.account, "amount": posting.amount}
-                for posting in entry.postings
-            ],
+        moves = _numbered(
+            {"entry_id": added, "account": posting.account, "amount": posting.amount}
+            for posting in entry.postings
         )
-        connection.execute(
-            self._statements.set_balances,
-            [{"name": name, "balance": after[name]} for name in touched],
-        )
+        self._run(connection, statements.add, moves)
+        balances = _numbered({"name": name, "balance": after[name]} for name in touched)
+        self._run(connection, statements.set_balances, balances)
         return added
+
+    def _run(
+        self, connection: sa.Connection, statement: Any, values: Mapping[str, Any]
+    ) -> sa.CursorResult[Any]:
+        """Run a statement that was compiled once; `values` has the same names each time.
+
+        For text, integers and bytes, which need no conversion, as SQLAlchemy would prepare anew.
+        """
+        compiled = self._compiled.get(statement)
+        if compiled is None:
+            compiled = statement.compile(dialect=connection.dialect, column_keys=list(values))
+            self._compiled[statement] = compiled
+        if compiled.positiontup is None:
+            return connection.exec_driver_sql(compiled.string, dict(values))
+        ordered = [values[name] for name in compiled.positiontup]
+        return connection.exec_driver_sql(compiled.string, tuple(ordered))
 
     def balance(self, connection: sa.Connection, account: Account) -> int:
         """What an account holds; zero if it was never posted to."""
@@ -219,7 +262,8 @@ class Books:
 
         Raises OverdraftError, DuplicateJobError.
         """
-        added = connection.execute(
+        added = self._run(
+            connection,
             self._statements.add_job,
             {
                 "request_id": job.request_id,
@@ -232,7 +276,7 @@ class Books:
         if added.first() is None:
             raise DuplicateJobError(job.request_id)
         self.post(connection, job.hold_entry, job.awarded_at)
-        connection.execute(_ADD_BID_SET, {"request_id": job.request_id, "reply": job.bid_set})
+        self._run(connection, _ADD_BID_SET, {"request_id": job.request_id, "reply": job.bid_set})
 
     def settle(self, connection: sa.Connection, settlement: Settlement) -> bytes:
         """Capture, release, write the receipt and what was measured; the ReceiptReply.
@@ -246,12 +290,15 @@ class Books:
         if entry is None:
             raise StoreError(f"{settlement.entry.key} is posted but has no receipt")
         reply = settlement.receipt_reply(entry)
-        connection.execute(
+        self._run(
+            connection,
             _ADD_RECEIPT,
             {"request_id": settlement.request_id, "entry_id": entry, "reply": reply},
         )
-        connection.execute(
-            _CLOSE_JOB, {"closed": settlement.request_id, "settled_at": settlement.settled_at}
+        self._run(
+            connection,
+            _CLOSE_JOB,
+            {"closed": settlement.request_id, "settled_at": settlement.settled_at},
         )
         self._keep_tracks(connection, settlement.tracks)
         return reply
