@@ -69,7 +69,9 @@ def decode_untrusted(data: bytes, *expected: type[M]) -> M:
         if message.kind == kind:
             return _validated(message, fields)
     wanted = ", ".join(message.kind for message in expected)
-    raise RemoteProtocolError(f"expected one of {wanted}, not {str(kind)[:40]!r}")
+    # Only text is shown: spelling out a kind nested 1,000 deep would overflow the stack.
+    shown = repr(kind[:40]) if isinstance(kind, str) else f"a {type(kind).__name__}"
+    raise RemoteProtocolError(f"expected one of {wanted}, not {shown}")
 
 
 def _packed(value: object) -> bytes:
@@ -112,5 +114,6 @@ def _first_fault(exc: Exception) -> str:
     if not isinstance(exc, ValidationError):
         return "nested too deeply"
     fault = exc.errors(include_url=False, include_input=False, include_context=False)[0]
+    # The last part may be a name that the peer made up: control characters and all.
     where = ".".join(str(part)[:40] for part in fault["loc"][:6]) or "fields"
-    return f"{where}: {fault['msg'][:120]}"
+    return f"{ascii(where)[1:-1][:120]}: {fault['msg'][:120]}"
