@@ -103,6 +103,13 @@ def test_what_spells_no_key_is_no_peer_id(text: str) -> None:
         public_key_of(PeerId(text))
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\x1c", "\xa0", "\u2003"])
+def test_a_key_has_one_spelling(space: str) -> None:
+    for text in (PROVIDER.peer_id + space, space + PROVIDER.peer_id, "1" + PROVIDER.peer_id):
+        with pytest.raises(ValueError, match=r".+"):
+            public_key_of(PeerId(text))
+
+
 def test_a_request_id_is_made_of_sixteen_bytes() -> None:
     assert request_id_of(bytes(16)) == "req_" + "0" * 32
     with pytest.raises(ValueError, match="16 random bytes"):
