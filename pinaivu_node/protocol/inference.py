@@ -14,7 +14,7 @@ from pydantic import Field
 from pinaivu_node.protocol.ids import Digest, RequestIdField, TokenCount, TokenId, digest_of
 from pinaivu_node.protocol.market import MAX_FINGERPRINTS, Explanation, Fingerprint
 from pinaivu_node.protocol.signing import Envelope
-from pinaivu_node.protocol.wire import Message, Record, encode_body
+from pinaivu_node.protocol.wire import Message, Record, Word, encode_body
 
 MAX_PROMPT_CHARACTERS: Final = 900_000
 """What fits one frame; about 200k tokens, beyond the context of the models served."""
@@ -125,7 +125,7 @@ class Refuse(Message, kind="refuse/1"):
     """It will not be run."""
 
     request_id: RequestIdField
-    reason: Annotated[RefuseReason, Field(strict=False)]
+    reason: Word[RefuseReason]
     explanation: Explanation
 
 
@@ -149,7 +149,7 @@ class Done(Message, kind="done/1"):
     """The last word on a request that was accepted."""
 
     request_id: RequestIdField
-    finish: Annotated[Finish, Field(strict=False)]
+    finish: Word[Finish]
     proof: Envelope
     explanation: Explanation = ""
 

@@ -31,7 +31,7 @@ from pinaivu_node.protocol.ids import (
 )
 from pinaivu_node.protocol.money import PriceList, TokenUsage
 from pinaivu_node.protocol.signing import Envelope
-from pinaivu_node.protocol.wire import Message, Record
+from pinaivu_node.protocol.wire import Message, Record, Word
 
 MAX_MODELS: Final = 64
 """Models per provider: a box that serves more announces the ones it wants to sell."""
@@ -117,9 +117,9 @@ class SegmentOutcome(StrEnum):
     ERROR = "error"
 
 
-RoleField = Annotated[Role, Field(strict=False)]
-JobKindField = Annotated[JobKind, Field(strict=False)]
-PreferenceField = Annotated[Preference, Field(strict=False)]
+RoleField = Word[Role]
+JobKindField = Word[JobKind]
+PreferenceField = Word[Preference]
 
 
 # --- presence -------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class Pass(Message, kind="pass/1"):
 
     request_id: RequestIdField
     bidder: PeerIdField
-    reason: Annotated[PassReason, Field(strict=False)]
+    reason: Word[PassReason]
 
 
 class Measurement(Record):
@@ -385,7 +385,7 @@ class JobRefused(Message, kind="job_refused/1"):
     """There is no award, and why."""
 
     request_id: RequestIdField
-    reason: Annotated[RefusalReason, Field(strict=False)]
+    reason: Word[RefusalReason]
     explanation: Explanation
     retry_after_ms: MillisecondsField | None = None
 
@@ -413,7 +413,7 @@ class Proof(Message, kind="proof/1"):
     """Of the UTF-8 text sent."""
     token: DigestField
     """Digest of the dispatch token's envelope."""
-    outcome: Annotated[SegmentOutcome, Field(strict=False)]
+    outcome: Word[SegmentOutcome]
     engine_ttft_ms: MillisecondsField
     duration_ms: MillisecondsField
     voucher: Envelope | None
@@ -426,7 +426,7 @@ class SegmentReport(Record):
     provider: PeerIdField
     usage: TokenUsage
     output_hash: DigestField
-    outcome: Annotated[SegmentOutcome, Field(strict=False)]
+    outcome: Word[SegmentOutcome]
     ttft_ms: MillisecondsField | None
     """Dispatch to first token, on the gateway's clock; None if none came."""
     duration_ms: MillisecondsField
@@ -438,7 +438,7 @@ class Delivery(Message, kind="delivery/1"):
     request_id: RequestIdField
     gateway: PeerIdField
     segments: Annotated[tuple[SegmentReport, ...], Field(fail_fast=True, max_length=16)]
-    outcome: Annotated[Outcome, Field(strict=False)]
+    outcome: Word[Outcome]
     output_hash: DigestField
     """Of the whole text handed to the client."""
 

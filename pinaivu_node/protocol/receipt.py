@@ -20,10 +20,12 @@ from pinaivu_node.protocol.ids import (
 from pinaivu_node.protocol.market import Count, JobKindField, Outcome, SegmentOutcome
 from pinaivu_node.protocol.money import PriceList, TokenUsage
 from pinaivu_node.protocol.signing import Envelope
-from pinaivu_node.protocol.wire import Message, Record
+from pinaivu_node.protocol.wire import Message, Record, Word
 
 MAX_LEAVES: Final = 2049
 """The auction record and two thousand answers: more than fit a frame."""
+MAX_LEAF_BYTES: Final = 1 << 20
+"""As much as any message: an auction record holds a measurement per bidder."""
 
 
 class ReceiptSegment(Record):
@@ -37,7 +39,7 @@ class ReceiptSegment(Record):
     uplift_ppm: PartsPerMillionField
     amount: NanoXField
     """What the gateway paid for it; the provider got this less the fee."""
-    outcome: Annotated[SegmentOutcome, Field(strict=False)]
+    outcome: Word[SegmentOutcome]
     output_hash: DigestField
     ttft_ms: MillisecondsField | None
     duration_ms: MillisecondsField
@@ -67,7 +69,7 @@ class Receipt(Message, kind="receipt/1"):
     amount: NanoXField
     fee: NanoXField
     """Kept by the network, out of `amount`."""
-    outcome: Annotated[Outcome, Field(strict=False)]
+    outcome: Word[Outcome]
     opened_at: UnixMillisecondsField
     awarded_at: UnixMillisecondsField
     settled_at: UnixMillisecondsField
@@ -106,7 +108,13 @@ class BidSetReply(Message, kind="bid_set_reply/1"):
     """
 
     request_id: RequestIdField
-    leaves: Annotated[tuple[bytes, ...], Field(fail_fast=True, max_length=MAX_LEAVES)] | None
+    leaves: (
+        Annotated[
+            tuple[Annotated[bytes, Field(max_length=MAX_LEAF_BYTES)], ...],
+            Field(fail_fast=True, max_length=MAX_LEAVES),
+        ]
+        | None
+    )
 
 
 TO_LOG: Final = (ReceiptRequest, BidSetRequest)

@@ -6,10 +6,11 @@ that a signature covers, is `fields` alone: the kind is named by the envelope ar
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, Self, TypeVar
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pinaivu_node.protocol.errors import LocalProtocolError, RemoteProtocolError
 
@@ -18,6 +19,19 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 
 _MAX_ITEMS: Final = 1 << 17
 """Longest array in a message: the token ids of a 128k-token prompt."""
+
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def _text(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError("not a word")  # noqa: TRY004 - pydantic translates only ValueError
+    return value
+
+
+Word = Annotated[E, Field(strict=False), BeforeValidator(_text)]
+"""One of the words of an enum, as text: not being strict, pydantic would take its bytes too."""
 
 
 class Record(BaseModel):
@@ -91,6 +105,7 @@ def _unpacked(data: bytes) -> Any:
         return msgpack.unpackb(
             data,
             use_list=False,
+            object_pairs_hook=_fields,
             strict_map_key=True,
             max_array_len=_MAX_ITEMS,
             max_map_len=256,
@@ -98,6 +113,14 @@ def _unpacked(data: bytes) -> Any:
         )
     except (msgpack.UnpackException, ValueError, TypeError, RecursionError, OverflowError) as exc:
         raise RemoteProtocolError(f"not MessagePack: {str(exc)[:120]}") from exc
+
+
+def _fields(pairs: list[tuple[str | bytes, object]]) -> dict[str | bytes, object]:
+    """The map; ValueError if a key is there twice, since not all readers take the same one."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a map with the same key twice")
+    return fields
 
 
 def _validated(message: type[M], fields: Any) -> M:

@@ -36,12 +36,13 @@ HOSTILE: dict[str, bytes] = {
     "keys are numbers": msgpack.packb(["accept/1", {1: 2}]),
     "keys are blobs": msgpack.packb(["accept/1", {b"request_id": "x"}]),
     "a value nested 1,000 deep": (b"\x92\xa8accept/1\x81\xaarequest_id" + b"\x91" * 1000 + b"\xc0"),
+    "a name twice": b"\x92\xa8accept/1\x82"
+    + 2 * (msgpack.packb("request_id") + msgpack.packb("req_" + "0" * 32)),
     "a made-up name": msgpack.packb(
         ["accept/1", {"request_id": "req_" + "0" * 32, "\x1b[2J\n" * 10_000: 1}]
     ),
     "a lone surrogate": b"\x92\xa8accept/1\x81\xaarequest_id\xa3\xed\xa0\x80",
     "not UTF-8": b"\x92\xa8accept/1\x81\xaarequest_id\xa2\xff\xfe",
-    "a megabyte of empty arrays": b"\xdd" + struct.pack(">I", 1_000_000) + b"\x90" * 1_000_000,
     "over the limit": b"\xc6" + struct.pack(">I", 1 << 20) + bytes(1 << 20),
 }
 
@@ -67,3 +68,17 @@ HOSTILE_VALUES: tuple[object, ...] = (
     ((),) * 5000,
     {"": {}},
 )
+
+# What costs the most time and memory for its bytes.
+MEGABYTES: dict[str, bytes] = {
+    "wrong records": msgpack.packb(["tokens/1", {"deltas": [[]] * 130_000}]),
+    "nearly records": msgpack.packb(["roster/1", {"entries": [{"a": 1}] * 130_000}]),
+    "wrong numbers": msgpack.packb(["dispatch/1", {"resume_token_ids": [-1] * 130_000}]),
+    "made-up names": msgpack.packb(
+        ["accept/1", {f"{number:03}" + "k" * 4000: 1 for number in range(256)}]
+    ),
+    "empty arrays": b"\xdd" + struct.pack(">I", 1_000_000) + b"\x90" * 1_000_000,
+    "empty maps": b"\x98" + 8 * (struct.pack(">BI", 0xDD, 131_000) + b"\x80" * 131_000),
+    "little maps": b"\x93" + 3 * (struct.pack(">BI", 0xDD, 116_000) + b"\x81\xa0\xc0" * 116_000),
+    "little lists": b"\x94" + 4 * (struct.pack(">BI", 0xDD, 131_000) + b"\x91\xc0" * 131_000),
+}

@@ -18,6 +18,8 @@ nanox = st.integers(0, 10**12)
 usages = st.builds(TokenUsage, input=counts, cached_input=counts, output=counts)
 price_lists = st.builds(PriceList, input=nanox, cached_input=nanox, output=nanox)
 
+KINDS = ("input", "cached_input", "output")
+
 
 @given(usages, price_lists, st.integers(0, 10**9))
 def test_a_cost_is_the_exact_one_rounded_up_once(
@@ -41,6 +43,35 @@ def test_an_uplift_never_makes_it_cheaper(
     usage: TokenUsage, prices: PriceList, uplift: int
 ) -> None:
     assert cost(usage, prices, uplift_ppm=uplift) >= cost(usage, prices)
+
+
+@given(usages, usages, price_lists, price_lists)
+def test_more_tokens_or_higher_prices_never_cost_less(
+    usage: TokenUsage, more: TokenUsage, prices: PriceList, raise_by: PriceList
+) -> None:
+    more_usage = TokenUsage(
+        **{kind: min(10**8, getattr(usage, kind) + getattr(more, kind)) for kind in KINDS}
+    )
+    higher = PriceList(**{kind: getattr(prices, kind) + getattr(raise_by, kind) for kind in KINDS})
+    assert cost(usage, prices) <= cost(more_usage, prices) <= cost(more_usage, higher)
+    assert prices.is_within(higher)
+
+
+@given(usages, usages, price_lists)
+def test_splitting_a_job_never_saves_and_costs_one_nanox_at_most(
+    usage: TokenUsage, rest: TokenUsage, prices: PriceList
+) -> None:
+    whole = TokenUsage.model_construct(
+        **{kind: getattr(usage, kind) + getattr(rest, kind) for kind in KINDS}
+    )
+    parts = cost(usage, prices) + cost(rest, prices)
+    assert cost(whole, prices) <= parts <= cost(whole, prices) + 1
+
+
+def test_no_cost_is_more_than_javascript_can_count() -> None:
+    most = PriceList(input=MAX_SAFE_INTEGER, cached_input=MAX_SAFE_INTEGER, output=MAX_SAFE_INTEGER)
+    usage = TokenUsage(input=10**8, cached_input=10**8, output=10**8)
+    assert cost(usage, most, uplift_ppm=10**12) == MAX_SAFE_INTEGER
 
 
 def rfc_9162_tree_hash(leaves: list[bytes]) -> bytes:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
-from samples import BID, COORDINATOR, GATEWAY, PROVIDER, RECEIPT, REQUEST
+from samples import BID, COORDINATOR, GATEWAY, PROVIDER, RECEIPT, REQUEST, SAMPLES
 
 from pinaivu_node.protocol.errors import LocalProtocolError, PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import PeerId, peer_id_of, public_key_of, request_id_of
@@ -36,6 +36,42 @@ def test_any_altered_part_is_refused(change: str) -> None:
     forged = sealed.model_copy(update={change: altered[change]})
     with pytest.raises(RemoteProtocolError):
         open_untrusted(forged, Bid, Pass, signer=PROVIDER.peer_id)
+
+
+@given(st.sampled_from(["body", "signature"]), st.integers(0, 10**6))
+def test_not_one_bit_can_be_changed(part: str, number: int) -> None:
+    sealed = PROVIDER.seal(BID)
+    altered = bytearray(getattr(sealed, part))
+    altered[number // 8 % len(altered)] ^= 1 << number % 8
+    forged = sealed.model_copy(update={part: bytes(altered)})
+    with pytest.raises(RemoteProtocolError, match="does not verify"):
+        open_untrusted(forged, Bid, signer=PROVIDER.peer_id)
+
+
+def test_a_signature_has_one_form() -> None:
+    """Adding the group's order to its scalar gives a second one that lax verifiers take."""
+    sealed = PROVIDER.seal(BID)
+    order = 2**252 + 27742317777372353535851937790883648493
+    scalar = int.from_bytes(sealed.signature[32:], "little") + order
+    second = sealed.signature[:32] + scalar.to_bytes(32, "little")
+    with pytest.raises(RemoteProtocolError, match="does not verify"):
+        open_untrusted(
+            sealed.model_copy(update={"signature": second}), Bid, signer=PROVIDER.peer_id
+        )
+
+
+def test_what_was_opened_under_one_kind_opens_under_no_other() -> None:
+    """Every signed kind, relabelled as every other."""
+    kinds = [type(sample) for sample in SAMPLES]
+    for sample in SAMPLES:
+        sealed = PROVIDER.seal(sample)
+        for kind in kinds:
+            relabelled = sealed.model_copy(update={"content": kind.kind})
+            if kind is type(sample):
+                assert open_untrusted(relabelled, kind, signer=PROVIDER.peer_id) == sample
+                continue
+            with pytest.raises(RemoteProtocolError, match="does not verify"):
+                open_untrusted(relabelled, *kinds, signer=PROVIDER.peer_id)
 
 
 def test_a_forged_signature_asks_for_a_ban() -> None:
@@ -72,12 +108,26 @@ def test_random_signatures_raise_only_the_remote_error(signature: bytes, body: b
         open_untrusted(forged, Bid, signer=PROVIDER.peer_id)
 
 
-@pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31), b"\xff" * 32])
+# Points of small order (their signatures can be made to fit any message) and bytes that are none.
+WEAK_KEYS = [
+    bytes(32),
+    b"\x01" + bytes(31),
+    b"\xec" + b"\xff" * 30 + b"\x7f",
+    bytes(31) + b"\x80",
+    bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+    bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
+    b"\xff" * 32,
+]
+
+
+@pytest.mark.parametrize("key", WEAK_KEYS, ids=bytes.hex)
 def test_weak_and_impossible_keys_sign_nothing(key: bytes) -> None:
     weak = peer_id_of(key)
-    forged = Envelope(content="bid/1", body=b"\x80", signer=weak, signature=bytes(64))
-    with pytest.raises(RemoteProtocolError):
-        open_untrusted(forged, Bid, signer=weak)
+    # What verifies under a key of order one: R is that point too, and the scalar is zero.
+    for signature in (bytes(64), b"\x01" + bytes(63), key + bytes(32)):
+        forged = Envelope(content="bid/1", body=b"\x80", signer=weak, signature=signature)
+        with pytest.raises(RemoteProtocolError, match="does not verify"):
+            open_untrusted(forged, Bid, signer=weak)
 
 
 def test_a_body_too_long_to_be_opened_is_never_signed() -> None:
