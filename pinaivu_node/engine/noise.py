@@ -33,3 +33,8 @@ def uniform(stream: int, token_id: int) -> float:
     """A number strictly between 0 and 1, on a grid of 2⁻⁵³."""
     bits = mix((stream + (token_id + 1) * GOLDEN) & MASK)
     return ((bits >> 11) + 0.5) * 2.0**-53
+
+
+def answer_seed(seed: int, index: int) -> int:
+    """The seed of the answer with this index, of several to one prompt; the first keeps its own."""
+    return seed if index == 0 else mix((seed + index * MIX_1) & MASK)
