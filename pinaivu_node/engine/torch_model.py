@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.prompts import PromptEncoder
 from pinaivu_node.engine.sampling import Sampler
-from pinaivu_node.engine.text import AnswerText
+from pinaivu_node.engine.text import AnswerText, WindowDetokenizer
 from pinaivu_node.engine.types import (
     FinishReason,
     GenerationRequest,
@@ -135,7 +135,8 @@ class Generation:
         self._sampler = Sampler(
             sampling, prompt=prompt, vocabulary=owner.vocabulary, device=owner.device
         )
-        self._text = AnswerText(owner.decode, stops=sampling.stop, before=prompt[-_CONTEXT_TOKENS:])
+        detokenizer = WindowDetokenizer(owner.decode, before=prompt[-_CONTEXT_TOKENS:])
+        self._text = AnswerText(detokenizer, stops=sampling.stop)
         self._finished = FinishReason.LENGTH if sampling.max_tokens < 1 else None
         # The reader has the text of these; text and penalties go on from where they were.
         for token_id in request.resume_token_ids:
