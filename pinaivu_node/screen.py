@@ -133,7 +133,18 @@ def _model(model: ModelStatistics) -> Text:
         name,
         (f"{device}{model.running} of {model.capacity} busy", ""),
         (f" · {model.tokens_per_second:,.0f} tok/s each", "dim"),
+        (_cache(model), "dim"),
     )
+
+
+def _cache(model: ModelStatistics) -> str:
+    """What the engine keeps of prompts, where it keeps something."""
+    words = ""
+    if model.cached_tokens:
+        words += f" · {100 * model.cached_tokens // max(1, model.input_tokens)} % warm"
+    if model.kv_blocks:
+        words += f" · KV {100 * model.kv_blocks_free // model.kv_blocks} % free"
+    return words
 
 
 def _figures(

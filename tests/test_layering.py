@@ -50,7 +50,7 @@ PURE = {
         "auction", "open_auction", "reputation", "roster", "job", "settlement", "ledger", "pace",
         "refusal", "config",
     ],
-    "pinaivu_node.provider": ["bidding", "dispatch", "seen", "shelf"],
+    "pinaivu_node.provider": ["bidding", "dispatch", "jobs", "outbound", "seen", "shelf", "warmth"],
     "pinaivu_node.engine": ["types", "text", "noise"],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",

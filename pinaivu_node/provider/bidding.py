@@ -34,6 +34,8 @@ class Seller:
     """The network's, which holds where a client names none; None before we were told."""
     answered: Container[RequestId]
     bid_validity: Milliseconds
+    warm_tokens: int = 0
+    """Of this offer's prompt, what the model's engine need not compute."""
 
 
 def answer_offer(offer: JobOffer, seller: Seller, *, now: UnixMilliseconds) -> Bid | Pass | None:
@@ -60,7 +62,7 @@ def answer_offer(offer: JobOffer, seller: Seller, *, now: UnixMilliseconds) -> B
         model_digest=stock.offer.digest,
         prices=stock.offer.prices,
         context_window=stock.offer.context_window,
-        warm_tokens=0,  # no engine here keeps prefixes between requests yet
+        warm_tokens=seller.warm_tokens,
         expires_at=UnixMilliseconds(offer.closes_at + seller.bid_validity),
     )
 

@@ -188,7 +188,7 @@ class GatewayStream:
     async def _relay(self, job: Job, events: AsyncIterator[TokenEvent]) -> Ending:
         limit = self._shop.config.max_unvouched_tokens
         async for event in events:
-            job.computed(event, now=trio.current_time())
+            self._shop.computed(job, event)
             if event.input_tokens > job.token.input_limit:
                 return over_limits(
                     f"over_limits: {event.input_tokens} prompt tokens, "

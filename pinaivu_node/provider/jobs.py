@@ -22,6 +22,7 @@ from pinaivu_node.protocol.inference import Dispatch, Finish, Prompt
 from pinaivu_node.protocol.market import DispatchToken, Proof, SegmentOutcome
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.signing import Envelope
+from pinaivu_node.provider.warmth import Chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,10 @@ class Job:
 
     def __init__(self, dispatch: Dispatch, token: DispatchToken, *, now: float) -> None:
         self.token = token
+        self.chain = Chain(token.gateway, dispatch.fingerprints)
+        self.resumed_tokens = len(dispatch.resume_token_ids)
         self.output_tokens = 0
-        self.position = len(dispatch.resume_token_ids)
+        self.position = self.resumed_tokens
         """Output tokens of the whole answer so far, another provider's included."""
         self.input_tokens = 0
         self.cached_tokens = 0
@@ -98,6 +101,11 @@ class Job:
     def unvouched(self) -> int:
         """Tokens sent that the gateway has not owned up to."""
         return self.output_tokens - self._vouched
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the engine has read the prompt and made a token."""
+        return self._first_at is not None
 
     def computed(self, event: TokenEvent, *, now: float) -> None:
         """Note the prompt's exact size, and when the first token was there."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from pinaivu_node.engine.types import GenerationRequest
+from pinaivu_node.engine.types import GenerationRequest, TokenEvent
 from pinaivu_node.protocol.ids import (
     Milliseconds,
     ModelName,
@@ -47,6 +47,7 @@ from pinaivu_node.provider.statistics import (
     RunningJob,
     Tally,
 )
+from pinaivu_node.provider.warmth import Chain, Warmth
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class Shop:
         self._jobs: dict[RequestId, Job] = {}
         self._stops: dict[RequestId, Callable[[], None]] = {}
         self._running: dict[ModelName, int] = dict.fromkeys(served, 0)
+        notice_s = config.bid_validity_ms / 1000
+        self._warmth = {model: Warmth(notice_s=notice_s) for model in served}
         self._answered = SeenRequests(_REMEMBERED)
         self._used = SeenRequests(_REMEMBERED)
 
@@ -139,6 +142,7 @@ class Shop:
             price_ceiling=None if self._welcome is None else self._welcome.policy.price_ceiling,
             answered=self._answered,
             bid_validity=self.config.bid_validity_ms,
+            warm_tokens=self._warm_tokens(offer),
         )
         answer = answer_offer(offer, seller, now=now)
         request_id = offer.terms.request_id
@@ -146,6 +150,7 @@ class Shop:
             return None
         if isinstance(answer, Bid):
             self.tally.bids += 1
+            self._warmth[offer.terms.model].claimed(request_id, answer.warm_tokens)
         else:
             self.tally.passes[answer.reason] += 1
         return answer
@@ -226,6 +231,17 @@ class Shop:
         """Until nobody works on this job any more."""
         return Milliseconds(max(0, job.token.deadline - self.now()))
 
+    def computed(self, job: Job, event: TokenEvent) -> None:
+        """An engine has brought something for a job."""
+        now = trio.current_time()
+        has_begun = job.has_begun
+        job.computed(event, now=now)
+        if job.has_begun and not has_begun:
+            model = job.token.model
+            engine = self.served[model].engine.statistics()
+            resumed = job.resumed_tokens
+            self._warmth[model].computed(job.chain, event, engine, resumed=resumed, now=now)
+
     def accepted(self) -> None:
         """The engine has taken a job: it will end with a proof."""
         self.tally.won += 1
@@ -235,6 +251,8 @@ class Shop:
         model = job.token.model
         was_full = self._running[model] >= self.served[model].engine.statistics().capacity
         self._running[model] -= 1
+        if job.has_begun:
+            self._warmth[model].used(job.chain, now=trio.current_time())
         if was_full:
             # The auction would not wait for the bid of one that it takes for full.
             self.news.set()
@@ -299,7 +317,20 @@ class Shop:
             capacity=engine.capacity,
             device=engine.device,
             tokens_per_second=engine.tokens_per_second,
+            kv_blocks=engine.kv_blocks,
+            kv_blocks_free=engine.kv_blocks_free,
+            input_tokens=engine.input_tokens,
+            cached_tokens=engine.cached_tokens,
+            warm_prefixes=len(self._warmth[model]),
         )
+
+    def _warm_tokens(self, offer: JobOffer) -> int:
+        served = self.served.get(offer.terms.model)
+        if served is None or not offer.fingerprints:
+            return 0
+        chain = Chain(offer.gateway, offer.fingerprints)
+        warmth, engine = self._warmth[served.model], served.engine.statistics()
+        return warmth.warm_tokens(chain, engine, now=trio.current_time())
 
     def _stock(self) -> dict[ModelName, Stock]:
         return {

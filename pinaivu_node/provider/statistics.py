@@ -26,6 +26,15 @@ class ModelStatistics:
     device: str
     tokens_per_second: float
     """Of one generation, as the engine measured it."""
+    kv_blocks: int = 0
+    kv_blocks_free: int = 0
+    """0 of 0 where an engine does not say."""
+    input_tokens: int = 0
+    """Prompt tokens that the engine was given since it was started."""
+    cached_tokens: int = 0
+    """Of these, what its prefix cache had."""
+    warm_prefixes: int = 0
+    """Prompts that bids take for warm."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,3 +130,8 @@ def test_the_seen_set_forgets_only_what_could_not_pass_again(facts):
     assert one not in seen
     assert two in seen
     assert len(seen) == 2
+
+
+def test_a_bid_says_how_much_of_the_prompt_is_warm(facts, seller):
+    bid = answer_offer(facts.offer(), seller(warm_tokens=896), now=facts.epoch)
+    assert bid.warm_tokens == 896
