@@ -4,9 +4,13 @@ A frame is a 4-byte big-endian length and a msgpack array: a tag, then the field
 codec is pure.  `FrameDecoder` accepts bytes in any pieces; whatever the bytes, it fails only with
 `FrameError`: a child whose memory is corrupt is to be restarted, not to take the daemon with it.
 
-    daemon → child    Load, then Generate, Cancel, Ping in any order
-    child → daemon    Ready or LoadFailed, then per Generate one Accepted or Refused, and for the
-                      accepted ones events in StepFrames up to a finish reason; Pong per Ping
+    daemon → child    Load, then Generate, Embed, Cancel, Ping in any order
+    child → daemon    Loading any number of times, then Ready or LoadFailed; then
+                      per Generate   one Accepted or Refused, and for an accepted one events in
+                                     StepFrames until each of its answers has its finish reason
+                      per Embed      Embedded until every input has its vector, or one Refused
+                      per Ping       one Pong
+                      and Gauges, at most every GAUGES_INTERVAL_S, while anything changes
 """
 
 from __future__ import annotations
@@ -15,22 +19,21 @@ import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final
 
 import msgpack
 
-from pinaivu_node.engine.types import (
-    ChatMessage,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    StepFrame,
-    TokenEvent,
-)
+from pinaivu_node.engine import codec
+from pinaivu_node.engine.types import EmbeddingRequest, Embeddings, GenerationRequest, StepFrame
 
 MAX_FRAME_BYTES: Final = 16 * 2**20
 """A prompt of a million token ids takes 5 MB; nothing that is said here is larger."""
+GAUGES_INTERVAL_S: Final = 0.1
+"""A bid is made of figures no older than this; a provider makes some ten bids a second at most."""
 _LENGTH: Final = struct.Struct(">I")
+_EMBEDDED_FLOATS: Final = 16384
+"""Components in one Embedded frame, 64 KB: the daemon's loop takes half a millisecond for them."""
 
 
 class FrameError(Exception):
@@ -52,8 +55,19 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
+class Embed:
+    """Compute these vectors."""
+
+    request: EmbeddingRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop a generation; it still ends with an event, CANCELLED unless it was faster."""
+    """Stop a request.
+
+    Each answer of a generation still ends with an event, CANCELLED unless it was faster; an
+    embedding with a Refused, unless that was.
+    """
 
     request_id: str
 
@@ -66,8 +80,19 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """How far the model is, 0 to 1, and what is being done: "reading weights"."""
+
+    progress: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and warm; what was found out about it."""
+    """The model is loaded and warm; what was found out about it.
+
+    `tokens_per_second` and `ttft_ms` are of one short request alone.
+    """
 
     device: str
     dtype: str
@@ -75,6 +100,7 @@ class Ready:
     context_window: int
     tokens_per_second: float
     ttft_ms: int
+    kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +118,30 @@ class Accepted:
     input_tokens: int
 
 
+class RefusalKind(Enum):
+    """Whether to send the request elsewhere, or not at all."""
+
+    REQUEST = "request"
+    """It can never be run here: PromptRefused."""
+    FULL = "full"
+    """It cannot be run now: EngineBusy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The prompt cannot be run."""
+    """This request will not be run."""
 
     request_id: str
     reason: str
+    kind: RefusalKind = RefusalKind.REQUEST
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The next vectors of an embedding; `input_tokens` are those of these inputs alone."""
+
+    request_id: str
+    embeddings: Embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,70 +151,125 @@ class Pong:
     number: int
 
 
-ToChild = Load | Generate | Cancel | Ping
-ToParent = Ready | LoadFailed | Accepted | Refused | Pong | StepFrame
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """How the engine stands: what the estimates of a bid are made of.
+
+    Said at most every GAUGES_INTERVAL_S, and once more when the engine falls idle.
+    """
+
+    running: int
+    """Sequences that hold a place: an answer of `n` each."""
+    queued: int
+    """Sequences that wait for a place or for blocks."""
+    kv_blocks_free: int
+    input_tokens: int
+    """Prompt tokens of all requests of this process so far."""
+    cached_tokens: int
+    preemptions: int
+    prefix_horizon_s: float
+    prefill_tokens_per_second: float
+    """Prompt tokens computed per second, smoothed over the latest chunks; 0 before the first."""
+    decode_tokens_per_second: float
+    """Tokens chosen since the last Gauges, of all sequences, per second of steps; 0 if none."""
+    queued_prefill_tokens: int
+    """Prompt tokens still to be computed, of the queued and of the running sequences."""
+
+
+ToChild = Load | Generate | Embed | Cancel | Ping
+ToParent = Loading | Ready | LoadFailed | Accepted | Refused | Embedded | Pong | Gauges | StepFrame
 Frame = ToChild | ToParent
 
 _FLAT: Final[dict[str, type[Any]]] = {
     "load": Load,
     "cancel": Cancel,
     "ping": Ping,
+    "loading": Loading,
     "ready": Ready,
     "load-failed": LoadFailed,
     "accepted": Accepted,
-    "refused": Refused,
     "pong": Pong,
+    "gauges": Gauges,
 }
 _FLAT_TAGS: Final = {frame_type: tag for tag, frame_type in _FLAT.items()}
-_SAMPLING_FIELDS: Final = tuple(f.name for f in dataclasses.fields(SamplingParams))
+
+
+def embedded(request_id: str, embeddings: Embeddings) -> Iterator[Embedded]:
+    """Vectors in as many frames as it takes to keep each small; the first counts the tokens."""
+    vectors = embeddings.vectors
+    step = max(1, _EMBEDDED_FLOATS // max(1, len(vectors[0]))) if vectors else 1
+    for at in range(0, max(1, len(vectors)), step):
+        tokens = embeddings.input_tokens if at == 0 else 0
+        yield Embedded(request_id, Embeddings(vectors[at : at + step], tokens))
 
 
 def encode(frame: Frame) -> bytes:
     """The frame as it goes on the pipe; FrameError if it is too large or no msgpack can say it."""
-    match frame:
-        case StepFrame(events=events):
-            fields: list[Any] = ["step", [_event_fields(event) for event in events]]
-        case Generate(request=request):
-            fields = ["generate", *_request_fields(request)]
-        case _:
-            names = (field.name for field in dataclasses.fields(frame))
-            fields = [_FLAT_TAGS[type(frame)], *(getattr(frame, name) for name in names)]
     try:
-        body = msgpack.packb(fields)
+        body = msgpack.packb(_fields(frame))
     except (ValueError, OverflowError) as exc:  # a lone surrogate in a text, an integer of 65 bits
         raise FrameError(str(exc)) from exc
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
-    return _LENGTH.pack(len(body)) + bytes(body)
+    return _LENGTH.pack(len(body)) + body  # type: ignore[no-any-return]
+
+
+def _fields(frame: Frame) -> list[Any]:
+    match frame:
+        case StepFrame(events=events):
+            return ["step", *map(codec.event_row, events)]
+        case Generate(request=request):
+            return ["generate", *codec.request_row(request)]
+        case Embed(request=embedding):
+            return ["embed", *codec.embedding_request_row(embedding)]
+        case Embedded(request_id=request_id, embeddings=embeddings):
+            return ["embedded", request_id, *codec.embeddings_row(embeddings)]
+        case Refused(request_id=request_id, reason=reason, kind=kind):
+            return ["refused", request_id, reason, kind.value]
+        case _:
+            names = (field.name for field in dataclasses.fields(frame))
+            return [_FLAT_TAGS[type(frame)], *(getattr(frame, name) for name in names)]
 
 
 class FrameDecoder:
     """Bytes in, frames out.  After a FrameError the stream is lost."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._needed = _LENGTH.size
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Every frame that these bytes complete, in order; iterate to the end."""
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > MAX_FRAME_BYTES:
-                raise FrameError(f"a frame announces {length} bytes")
-            end = _LENGTH.size + length
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_LENGTH.size : end])
-            del self._buffer[:end]
-            yield _decode(body)
+        # Most reads bring whole frames, which are decoded where they lie.  The pieces of a large
+        # one are joined once, when all of them are there.
+        self._pieces.append(data)
+        self._held += len(data)
+        if self._held < self._needed:
+            return
+        whole = memoryview(data if len(self._pieces) == 1 else b"".join(self._pieces))
+        at = 0
+        while True:
+            end = at + _LENGTH.size
+            if end <= len(whole):
+                (length,) = _LENGTH.unpack_from(whole, at)
+                if length > MAX_FRAME_BYTES:
+                    raise FrameError(f"a frame announces {length} bytes")
+                end += length
+            if end > len(whole):
+                break
+            yield _decode(whole[at + _LENGTH.size : end])
+            at = end
+        self._pieces = [bytes(whole[at:])] if at < len(whole) else []
+        self._held, self._needed = len(whole) - at, end - at
 
 
-def _decode(body: bytes) -> Frame:
+def _decode(body: memoryview) -> Frame:
     try:
         tag, *fields = msgpack.unpackb(body, use_list=False, strict_map_key=False)
-        if tag in _FLAT:
-            return _flat(_FLAT[tag], fields)
-        return _NESTED[tag](fields)
+        if tag in _NESTED:
+            return _NESTED[tag](fields)
+        return _flat(_FLAT[tag], fields)
     # RecursionError is a RuntimeError; UnpackException and StackError are ValueErrors or its kin.
     except (msgpack.UnpackException, ValueError, TypeError, KeyError, RecursionError) as exc:
         raise FrameError(f"undecodable frame: {exc!r}") from exc
@@ -195,98 +294,36 @@ def _flat(frame_type: type[Any], fields: list[Any]) -> Frame:
     return frame
 
 
-def _event_fields(event: TokenEvent) -> list[Any]:
-    reason = event.finish_reason
-    return [
-        event.request_id,
-        event.token_ids,
-        event.text,
-        event.input_tokens,
-        event.cached_tokens,
-        None if reason is None else reason.value,
-        event.error,
-    ]
-
-
-def _event(fields: tuple[Any, ...]) -> TokenEvent:
-    request_id, token_ids, text, input_tokens, cached_tokens, reason, error = fields
-    return TokenEvent(
-        request_id=_text(request_id),
-        token_ids=_integers(token_ids),
-        text=_text(text),
-        input_tokens=_integer(input_tokens),
-        cached_tokens=_integer(cached_tokens),
-        finish_reason=None if reason is None else FinishReason(reason),
-        error=None if error is None else _text(error),
-    )
-
-
 def _step(fields: list[Any]) -> StepFrame:
-    (events,) = fields
-    return StepFrame(tuple(_event(event) for event in events))
-
-
-def _request_fields(request: GenerationRequest) -> list[Any]:
-    match request.prompt:
-        case str(text):
-            prompt: Any = text
-        case tuple(parts):
-            prompt = [
-                [part.role, part.content] if isinstance(part, ChatMessage) else part
-                for part in parts
-            ]
-    # Any mapping and any integer may be asked for; noise takes the low 64 bits of a seed anyway.
-    sampling = dataclasses.replace(
-        request.sampling,
-        logit_bias=dict(request.sampling.logit_bias),
-        seed=request.sampling.seed & (2**64 - 1),
-    )
-    return [
-        request.id,
-        prompt,
-        [getattr(sampling, name) for name in _SAMPLING_FIELDS],
-        request.resume_token_ids,
-        request.tenant,
-        request.deadline_ms,
-    ]
+    return StepFrame(tuple(map(codec.event_of, fields)))
 
 
 def _generate(fields: list[Any]) -> Generate:
-    request_id, prompt, sampling, resume, tenant, deadline = fields
-    return Generate(
-        GenerationRequest(
-            id=_text(request_id),
-            prompt=_prompt(prompt),
-            sampling=SamplingParams(**dict(zip(_SAMPLING_FIELDS, sampling, strict=True))),
-            resume_token_ids=_integers(resume),
-            tenant=bytes(tenant),
-            deadline_ms=None if deadline is None else _integer(deadline),
-        )
-    )
+    return Generate(codec.request_of(fields))
 
 
-def _prompt(prompt: Any) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], tuple):
-        return tuple(ChatMessage(_text(role), _text(content)) for role, content in prompt)
-    return _integers(prompt)
+def _embed(fields: list[Any]) -> Embed:
+    return Embed(codec.embedding_request_of(fields))
 
 
-_NESTED: Final[dict[str, Callable[[list[Any]], Frame]]] = {"step": _step, "generate": _generate}
+def _embedded(fields: list[Any]) -> Embedded:
+    request_id, *row = fields
+    if not isinstance(request_id, str):
+        raise TypeError("Embedded.request_id is no text")
+    return Embedded(request_id, codec.embeddings_of(row))
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text expected, not {type(value).__name__}")
-    return value
+def _refused(fields: list[Any]) -> Refused:
+    request_id, reason, kind = fields
+    if not (isinstance(request_id, str) and isinstance(reason, str)):
+        raise TypeError("Refused.request_id or .reason is no text")
+    return Refused(request_id, reason, RefusalKind(kind))
 
 
-def _integer(value: Any) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"an integer expected, not {type(value).__name__}")
-    return value
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-    return tuple(_integer(value) for value in values)
+_NESTED: Final[dict[str, Callable[[list[Any]], Frame]]] = {
+    "step": _step,
+    "generate": _generate,
+    "embed": _embed,
+    "embedded": _embedded,
+    "refused": _refused,
+}

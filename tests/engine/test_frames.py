@@ -4,19 +4,31 @@ import contextlib
 import dataclasses
 from types import MappingProxyType
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_node.engine import frames
-from pinaivu_node.engine.frames import FrameDecoder, FrameError, encode
+from pinaivu_node.engine.frames import FrameDecoder, FrameError, RefusalKind, encode
 from pinaivu_node.engine.types import (
+    Alternative,
     ChatMessage,
+    Constraint,
+    ConstraintKind,
+    EmbeddingRequest,
+    Embeddings,
     FinishReason,
     GenerationRequest,
     SamplingParams,
     StepFrame,
     TokenEvent,
+    TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+    ToolUse,
 )
 
 SAMPLING = SamplingParams(
@@ -24,9 +36,28 @@ SAMPLING = SamplingParams(
     temperature=0.5,
     logit_bias={3: -1.5},
     stop=("\n", "END"),
+    stop_token_ids=(2, 0),
     seed=2**63,
     logprobs=2,
+    n=3,
     ignore_eos=True,
+)
+TALK = (
+    ChatMessage("user", "what time is it?"),
+    ChatMessage("assistant", "", tool_calls=(ToolCall("call-1", "clock", '{"zone": "ü"}'),)),
+    ChatMessage("tool", "noon", tool_call_id="call-1"),
+)
+TOOLS = ToolUse(
+    (Tool("clock", "tells the time", '{"type": "object"}'), Tool("map")),
+    choice=ToolChoice.REQUIRED,
+    named="clock",
+    parallel=False,
+)
+LOGPROBS = (
+    TokenLogprob(
+        Alternative(7, b"\xc3", -0.5), (Alternative(7, b"\xc3", -0.5), Alternative(9, b"", -2.25))
+    ),
+    TokenLogprob(Alternative(8, b"\xbc", float("-inf"))),
 )
 EVERY_FRAME = [
     frames.Load("{}"),
@@ -36,17 +67,45 @@ EVERY_FRAME = [
         GenerationRequest("c", (1, 2, 3), SAMPLING, resume_token_ids=(4, 5), deadline_ms=9)
     ),
     frames.Generate(GenerationRequest("d", (), SamplingParams(max_tokens=1))),
+    frames.Generate(
+        GenerationRequest(
+            "e", TALK, SAMPLING, constraint=Constraint(ConstraintKind.REGEX, "[0-9]+"), tools=TOOLS
+        )
+    ),
+    frames.Generate(
+        GenerationRequest("f", "x", SAMPLING, constraint=Constraint(ConstraintKind.JSON_OBJECT))
+    ),
+    frames.Embed(EmbeddingRequest("a", ("text", (1, 2, 3), ""), deadline_ms=5)),
+    frames.Embed(EmbeddingRequest("b", ())),
     frames.Cancel("a"),
     frames.Ping(4),
-    frames.Ready("cuda:0", "bfloat16", 1, 8192, 31.5, 80),
+    frames.Loading(0.25, "reading weights"),
+    frames.Ready("cuda:0", "bfloat16", 1, 8192, 31.5, 80, kv_blocks=512),
     frames.LoadFailed("no"),
     frames.Accepted("a", 12),
     frames.Refused("a", "too long"),
+    frames.Refused("a", "no room", RefusalKind.FULL),
+    frames.Embedded("a", Embeddings(((0.5, -0.25), (1.0, 0.0)), 12)),
+    frames.Embedded("a", Embeddings((), 0)),
     frames.Pong(4),
+    frames.Gauges(3, 1, 200, 1000, 640, 2, float("inf"), 812.5, 96.25, 4000),
+    StepFrame(()),
     StepFrame(
         (
+            TokenEvent("a", (7,), "x", 12),
             TokenEvent("a", (7, 8), "x", 12, 4),
+            TokenEvent("a", (7,), "", 12, index=2),
             TokenEvent("b", (), "", 3, finish_reason=FinishReason.ERROR, error="why"),
+            TokenEvent("c", (7, 8), "ü", 12, 4, index=1, logprobs=LOGPROBS),
+            TokenEvent("d", (), "", 12, tool_calls=(ToolCallDelta(0, "call-1", "clock"),)),
+            TokenEvent(
+                "d",
+                (1,),
+                "",
+                12,
+                finish_reason=FinishReason.TOOL_CALLS,
+                tool_calls=(ToolCallDelta(0, arguments="{}"),),
+            ),
         )
     ),
 ]
@@ -113,3 +172,52 @@ def test_a_seed_of_any_size_and_a_mapping_of_any_kind_cross():
 def test_a_frame_that_is_too_large_is_never_sent():
     with pytest.raises(FrameError):
         encode(frames.LoadFailed("x" * (frames.MAX_FRAME_BYTES + 1)))
+
+
+def test_what_says_nothing_is_not_sent():
+    empty, plain = StepFrame(()), StepFrame((TokenEvent("a", (7,), "x", 12),))
+    # Id, one token id, one letter and a count, each with its mark, and the row's own mark.
+    assert len(encode(plain)) - len(encode(empty)) == 1 + 2 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("a", "7", "x", 12),
+        ("a", b"7", "x", 12),
+        ("a", (7.0,), "x", 12),
+        ("a", (7,), b"x", 12),
+        ("a", (7,), "x"),
+        ("a", (7,), "x", 12, 0, 0, "stop"),
+        ("a", (7,), "x", 12, 0, 0, "tired", None, (), ()),
+        ("a", (7,), "x", 12, 0, 0, None, 5, (), ()),
+        ("a", (7,), "x", 12, 0, 0, None, None, ((0, "id", "name"),), ()),
+        ("a", (7,), "x", 12, 0, 0, None, None, (), (((7,), (b"x",), ()),)),
+        ("a", (7,), "x", 12, 0, 0, None, None, (), (((7,), ("x",), (0.5,)),)),
+        ("a", (7,), "x", 12, 0, 0, None, None, (), (((), (), ()),)),
+    ],
+)
+def test_an_event_that_is_none_is_a_frame_error(row):
+    body = msgpack.packb(["step", row])
+    with pytest.raises(FrameError):
+        list(FrameDecoder().feed(len(body).to_bytes(4, "big") + body))
+
+
+def test_a_large_frame_comes_in_small_pieces_and_does_not_take_the_next_with_it():
+    large, small = frames.LoadFailed("x" * 2**20), frames.Pong(1)
+    data = encode(large) + encode(small) + encode(small)[:3]
+    decoder = FrameDecoder()
+    pieces = [data[at : at + 4096] for at in range(0, len(data), 4096)]
+    assert [frame for piece in pieces for frame in decoder.feed(piece)] == [large, small]
+    assert list(decoder.feed(encode(small)[3:])) == [small]
+
+
+def test_many_vectors_go_out_in_small_frames_and_their_tokens_are_counted_once():
+    vectors = tuple((float(number),) * 4096 for number in range(10))
+    parts = list(frames.embedded("a", Embeddings(vectors, 77)))
+    assert len(parts) == 3
+    assert tuple(v for part in parts for v in part.embeddings.vectors) == vectors
+    assert sum(part.embeddings.input_tokens for part in parts) == 77
+    assert list(frames.embedded("a", Embeddings((), 0))) == [
+        frames.Embedded("a", Embeddings((), 0))
+    ]
