@@ -50,8 +50,10 @@ PURE = {
         "auction", "open_auction", "reputation", "roster", "job", "settlement", "ledger", "pace",
         "refusal", "config",
     ],
-    "pinaivu_node.provider": ["bidding", "dispatch", "jobs", "outbound", "seen", "shelf", "warmth"],
-    "pinaivu_node.engine": ["types", "text", "noise"],
+    "pinaivu_node.provider": [
+        "bidding", "dispatch", "jobs", "outbound", "pieces", "seen", "shelf", "warmth",
+    ],
+    "pinaivu_node.engine": ["types", "text", "noise", "residency"],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
         "fingerprints",

@@ -1,0 +1,151 @@
+"""How much memory a model takes: estimated from its files, measured on the process that runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from pinaivu_node.engine.config import EngineConfig
+
+_MIB: Final = 2**20
+_PROCESS: Final = 600 * _MIB
+"""An engine process before it has weights: the interpreter, torch, transformers, a tokenizer."""
+_WORK: Final = 256 * _MIB
+"""Activations and logits of a step."""
+_HEADER_MOST: Final = 100 * _MIB
+"""What the format itself allows a header."""
+_CONTEXT_RESERVED: Final = 8192
+"""Tokens of context for which room is kept beyond the weights."""
+_BUDGET_PERCENT: Final = 80
+"""Of the memory of the machine: the rest is the system's, its file cache's, and the daemon's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the files of a model say about its size."""
+
+    values: int
+    bytes_on_disk: int
+
+
+def weigh(folder: Path) -> Weights:
+    """Count the weights in a model's folder; a file that cannot be read counts by its size.
+
+    Whether the files are sound is for the engine to say when it loads them.
+    """
+    values = size = 0
+    for path in folder.glob("*.safetensors"):
+        on_disk = path.stat().st_size
+        size += on_disk
+        try:
+            values += _values_in(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            values += on_disk // 2  # as if it were stored in bfloat16, which most are
+    return Weights(values=values, bytes_on_disk=size)
+
+
+def estimated_need(config: EngineConfig, weights: Weights) -> int:
+    """Bytes that an engine of this configuration will take, before it was ever run."""
+    width = _width(config)
+    return round(weights.values * width) + kv_bytes(config) + _PROCESS + _WORK
+
+
+def kv_bytes(config: EngineConfig) -> int:
+    """Bytes of the keys and values of one full context."""
+    said = _read_config(config.model)
+    layers = _number(said, "num_hidden_layers")
+    heads = _number(said, "num_key_value_heads") or _number(said, "num_attention_heads")
+    width = _number(said, "head_dim") or (
+        _number(said, "hidden_size") // max(1, _number(said, "num_attention_heads"))
+    )
+    window = min(
+        config.context_window or _number(said, "max_position_embeddings") or _CONTEXT_RESERVED,
+        _CONTEXT_RESERVED,
+    )
+    return round(2 * layers * heads * width * window * _width(config))
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Memory that a process has in RAM now; None where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_budget(device: str) -> int | None:
+    """Bytes that models may take together: 80 % of this machine's memory, or of its GPU's.
+
+    None, no limit, where nobody can say.
+    """
+    total = _gpu_memory(device) if _on_gpu(device) else _machine_memory()
+    return None if total is None else total * _BUDGET_PERCENT // 100
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
+
+
+def _width(config: EngineConfig) -> float:
+    """Bytes per weight in memory."""
+    if config.dtype == "auto":
+        return 2.0 if _on_gpu(config.device) else 4.0
+    return 4.0 if config.dtype == "float32" else 2.0
+
+
+def _values_in(path: Path) -> int:
+    """Weights in one safetensors file, by its header: a length, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_MOST:
+            raise ValueError(f"{path} has no sound header")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return sum(prod(each["shape"]) for name, each in header.items() if name != "__metadata__")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    inner = said.get("text_config")
+    return said | (inner if isinstance(inner, dict) else {})
+
+
+def _number(said: dict[str, Any], key: str) -> int:
+    value = said.get(key)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _machine_memory() -> int | None:
+    """What this machine has, or what the container that we are in may take of it."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # "max", or no such group
+        return total
+
+
+def _gpu_memory(device: str) -> int | None:
+    """What the driver says that this GPU has; the daemon itself never loads torch."""
+    index = device.partition(":")[2] or "0"
+    command = ["nvidia-smi", "-i", index, "--query-gpu=memory.total"]
+    command.append("--format=csv,noheader,nounits")
+    try:
+        said = subprocess.run(  # noqa: S603 - our own words
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+        return int(said.split()[0]) * _MIB
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
