@@ -25,6 +25,7 @@ from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import (
     Accepted,
     Cancel,
+    Embed,
     Frame,
     FrameDecoder,
     FrameError,
@@ -95,6 +96,8 @@ class StepLoop:
             match self._inbox.get():
                 case Generate(request=request):
                     self._accept(request)
+                case Embed(request=embedding):
+                    self._say(Refused(embedding.id, "This model makes no embeddings."))
                 case Cancel(request_id=request_id):
                     self._cancel(request_id)
                 case Ping(number=number):
@@ -103,6 +106,9 @@ class StepLoop:
                     raise FrameError(f"the daemon said {type(frame).__name__}")
 
     def _accept(self, request: GenerationRequest) -> None:
+        if request.sampling.n != 1 or request.constraint is not None or request.tools is not None:
+            self._say(Refused(request.id, "This engine gives one answer, in free text."))
+            return
         try:
             generation = self._model.start(request)
         except PromptRefused as exc:

@@ -1,14 +1,25 @@
-"""How fast an engine is, as measured from outside: pure arithmetic on times that come in."""
+"""How fast an engine is and will be, as measured from outside: pure arithmetic on what comes in.
+
+Two questions are answered here, and both end up in a bid: how soon one more request would have its
+first token, and how fast the others would follow.  The second depends on how many sequences share
+a step, so the time of a step is kept by their number.  The first is the longer of the wait for a
+place and the prompts that are ahead in line, then the request's own prompt, then one step.
+"""
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Final
 
 _SMOOTHING: Final = 0.2
-"""Weight of the newest measurement: the figures follow a change within some ten requests."""
+"""Weight of the newest measurement: the figures follow a change within some ten of them."""
 _ENOUGH_TOKENS: Final = 4
 """An answer of fewer tokens says nothing about speed."""
+_USUAL_TOKENS: Final = 128
+"""Length of an answer, until one has ended: what chats are answered with, more or less."""
+_MAX_SIZES: Final = 1024
+"""Batch sizes told apart; more sequences than any engine steps at once."""
 
 
 @dataclass(slots=True)
@@ -18,24 +29,98 @@ class Timing:
     asked: float
     waited: bool = False
     """It had to queue first, so its first token says nothing about the engine's speed."""
+    answers: int = 1
     first: float | None = None
     last: float = 0.0
     tokens: int = 0
+    """Of all its answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How an engine stands at this moment; the counts are of sequences."""
+
+    running: int
+    queued: int
+    capacity: int
+    queued_prefill_tokens: int = 0
+    """Prompt tokens still to be computed before those of one more request."""
+    prefill_tokens_per_second: float = 0.0
+    """0 if nobody measured it: then first tokens are expected to come as they did lately."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more would run at once."""
+        return self.queued == 0 and self.running < self.capacity
+
+    @property
+    def next_batch(self) -> int:
+        """How many would run together once one more runs."""
+        return self.running + 1 if self.has_room else max(1, self.running)
+
+
+class StepTimes:
+    """Seconds of one step, by the number of sequences in it; 0 where nothing was measured yet."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._sizes: list[int] = []
+
+    def observe(self, size: int, seconds: float) -> None:
+        """A step of so many sequences took so long."""
+        size = max(1, min(size, _MAX_SIZES))
+        if size not in self._seconds:
+            bisect.insort(self._sizes, size)
+        self._seconds[size] = _smoothed(self._seconds.get(size, 0.0), seconds)
+
+    def seconds(self, size: int) -> float:
+        """What a step of this size takes: measured, or on the line through its neighbours."""
+        if not self._sizes or size in self._seconds:
+            return self._seconds.get(size, 0.0)
+        at = bisect.bisect(self._sizes, size)
+        nearest = self._sizes[max(0, at - 1) : at + 1] if at else self._sizes[:2]
+        if at == len(self._sizes):
+            nearest = self._sizes[-2:]
+        return self._on_the_line(size, nearest)
+
+    def _on_the_line(self, size: int, measured: list[int]) -> float:
+        low, high = measured[0], measured[-1]
+        at_low, at_high = self._seconds[low], self._seconds[high]
+        slope = 0.0 if low == high else (at_high - at_low) / (high - low)
+        guess = at_low + slope * (size - low)
+        # Beyond what was measured noise must not run away with the line: more sequences never take
+        # less time than fewer, nor more than if each was stepped alone.
+        if size > high:
+            return min(max(guess, at_high), at_high * size / high)
+        if size < low:
+            return max(min(guess, at_low), at_low * size / low)
+        return guess
 
 
 class SpeedGauge:
     """Smoothed speed, time to first token and length of a generation."""
 
     def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        self.ttft_ms = 0.0
         self.generated_tokens = 0
+        self._steps = StepTimes()
+        self._ttft_s = 0.0
         self._duration_s = 0.0
+        self._prompt_tokens = 0.0
 
     def preset(self, *, tokens_per_second: float, ttft_ms: float) -> None:
         """Begin with what a warm-up measured; what clients got counts more from then on."""
-        self.tokens_per_second = tokens_per_second
-        self.ttft_ms = ttft_ms
+        if tokens_per_second > 0:
+            self._steps.observe(1, 1 / tokens_per_second)
+        self._ttft_s = ttft_ms / 1000
+
+    def prompt(self, computed_tokens: int) -> None:
+        """A request came with a prompt of which so many tokens were not in the cache."""
+        self._prompt_tokens = _smoothed(self._prompt_tokens, computed_tokens)
+
+    def batch(self, running: int, tokens_per_second: float) -> None:
+        """So many sequences run, and all together get so many tokens per second."""
+        if running > 0 and tokens_per_second > 0:
+            self._steps.observe(running, running / tokens_per_second)
 
     def tokens(self, timing: Timing, count: int, *, now: float) -> None:
         """Account for tokens that came now."""
@@ -45,23 +130,45 @@ class SpeedGauge:
         if timing.first is None:
             timing.first = now
             if not timing.waited:
-                self.ttft_ms = _smoothed(self.ttft_ms, 1000 * (now - timing.asked))
+                self._ttft_s = _smoothed(self._ttft_s, now - timing.asked)
         timing.last = now
         timing.tokens += count
 
-    def finished(self, timing: Timing) -> None:
-        """Account for a generation that is over."""
+    def finished(self, timing: Timing, *, running: int | None = None) -> None:
+        """Account for a generation that is over.
+
+        `running` is how many sequences ran beside it, itself included, and None where `batch` is
+        told of the speed, which knows better.
+        """
         if timing.first is None:
             return
         decoding = timing.last - timing.first
-        self._duration_s = _smoothed(self._duration_s, decoding + self.ttft_ms / 1000)
-        if timing.tokens >= _ENOUGH_TOKENS and decoding > 0:
-            speed = (timing.tokens - 1) / decoding
-            self.tokens_per_second = _smoothed(self.tokens_per_second, speed)
+        self._duration_s = _smoothed(self._duration_s, decoding + self._ttft_s)
+        tokens = timing.tokens / timing.answers
+        if running is not None and tokens >= _ENOUGH_TOKENS and decoding > 0:
+            self._steps.observe(running, decoding / (tokens - 1))
 
-    def ttft_estimate_ms(self, *, ahead: int, capacity: int) -> int:
-        """What one more request should expect, with so many to end before it can start."""
-        return round(self.ttft_ms + 1000 * self._duration_s * ahead / max(1, capacity))
+    def speed_estimate(self, occupancy: Occupancy) -> float:
+        """Tokens per second that one more request should expect; 0 if nothing is known yet."""
+        seconds = self._steps.seconds(occupancy.next_batch)
+        return 1 / seconds if seconds else 0.0
+
+    def ttft_estimate_ms(self, occupancy: Occupancy) -> int:
+        """How long one more request should expect to wait for its first token."""
+        step = self._steps.seconds(occupancy.next_batch)
+        wait = self._wait_s(occupancy, step)
+        rate = occupancy.prefill_tokens_per_second
+        if rate <= 0:
+            return round(1000 * (wait + self._ttft_s))
+        own = self._prompt_tokens / rate if self._prompt_tokens else self._ttft_s
+        return round(1000 * (max(wait, occupancy.queued_prefill_tokens / rate) + own + step))
+
+    def _wait_s(self, occupancy: Occupancy, step: float) -> float:
+        """Until a place is free: those who hold one leave evenly spread over an answer's time."""
+        if occupancy.has_room:
+            return 0.0
+        duration = self._duration_s or step * _USUAL_TOKENS
+        return duration * (occupancy.queued + 1) / max(1, occupancy.running)
 
 
 def _smoothed(old: float, new: float) -> float:

@@ -19,7 +19,7 @@ import httpx
 import trio
 
 from pinaivu_node.engine.config import OpenAIEngineConfig
-from pinaivu_node.engine.gauge import SpeedGauge, Timing
+from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
 from pinaivu_node.engine.types import (
     ChatMessage,
     EngineBusy,
@@ -86,8 +86,8 @@ class OpenAIEngine:
             async with self._posted(path, body) as response, aclosing(_data(response)) as data:
                 yield _Answer(request.id, data, timing=timing, gauge=self._gauge)
         finally:
+            self._gauge.finished(timing, running=self._running)
             self._running -= 1
-            self._gauge.finished(timing)
 
     async def watch(self) -> None:
         """Keep `statistics().ready` true to the server, until cancelled."""
@@ -98,17 +98,15 @@ class OpenAIEngine:
 
     def statistics(self) -> EngineStatistics:
         """A snapshot, at once."""
-        ahead = max(0, self._running - self._config.capacity + 1)
+        occupancy = Occupancy(running=self._running, queued=0, capacity=self._config.capacity)
         return EngineStatistics(
             ready=self._ready,
             running=self._running,
             queued=0,
             capacity=self._config.capacity,
             context_window=self._config.context_window,
-            tokens_per_second=self._gauge.tokens_per_second,
-            ttft_estimate_ms=self._gauge.ttft_estimate_ms(
-                ahead=ahead, capacity=self._config.capacity
-            ),
+            tokens_per_second=self._gauge.speed_estimate(occupancy),
+            ttft_estimate_ms=self._gauge.ttft_estimate_ms(occupancy),
             restarts=0,
             generated_tokens=self._gauge.generated_tokens,
             device="server",

@@ -7,25 +7,29 @@ reason, with that reason in words, and leaves no process behind, also when it is
 from __future__ import annotations
 
 import logging
-import signal
+import math
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 import trio
 
+from pinaivu_node.engine.calls import Call, EmbeddingCall
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import (
     Accepted,
     Cancel,
+    Embed,
+    Embedded,
     Frame,
     FrameDecoder,
     FrameError,
+    Gauges,
     Generate,
     Load,
     LoadFailed,
+    Loading,
     Ping,
     Pong,
     Ready,
@@ -33,8 +37,10 @@ from pinaivu_node.engine.frames import (
     encode,
 )
 from pinaivu_node.engine.gauge import SpeedGauge, Timing
+from pinaivu_node.engine.obituary import LastWords, MemoryWatch, obituary, oom_kills
 from pinaivu_node.engine.types import (
-    EngineDead,
+    EmbeddingRequest,
+    EngineBusy,
     GenerationRequest,
     PromptRefused,
     StepFrame,
@@ -45,63 +51,10 @@ logger = logging.getLogger(__name__)
 
 _COMMAND: Final = (sys.executable, "-P", "-m", "pinaivu_node.engine.child")
 _LOG_LINE_BYTES: Final = 2000
-_LAST_LINES: Final = 8
-"""Enough of a traceback's end to say why a child died."""
-_MAX_CALLS: Final = 2 * 4096
-"""More requests than any engine runs and queues; `ProcessEngine` refuses long before."""
+_MAX_UNSENT_BYTES: Final = 64 * 2**20
+"""What may wait for a child that reads nothing: four requests of the largest size there is."""
 _LAST_WORDS_S: Final = 1.0
 """How long a dying child may take to end its log; it has closed its frames already."""
-
-
-class Call:
-    """One request in the child, from the caller's side: an async iterator of its events."""
-
-    def __init__(self, request: GenerationRequest, *, window: int, timing: Timing) -> None:
-        self.request_id = request.id
-        self.timing = timing
-        self.abandoned = False
-        self._death: str | None = None
-        self._over = False
-        # One event per token at most, and one more for the end: the sender never has to wait.
-        self._send, self._receive = trio.open_memory_channel[Accepted | Refused | TokenEvent](
-            window + 2
-        )
-
-    def deliver(self, said: Accepted | Refused | TokenEvent) -> None:
-        """Hand on what the child said, unless nobody listens any more."""
-        if not self.abandoned:
-            self._send.send_nowait(said)
-
-    def die(self, cause: str) -> None:
-        """The child is gone; what it said before is still heard."""
-        self._death = cause
-        self._send.close()
-
-    async def wait_accepted(self) -> None:
-        """Return when the child has taken the prompt; PromptRefused or EngineDead if it won't."""
-        match await self._next():
-            case Refused(reason=reason):
-                raise PromptRefused(reason)
-            case _:
-                return
-
-    def __aiter__(self) -> Call:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._over:
-            raise StopAsyncIteration
-        event = await self._next()
-        if not isinstance(event, TokenEvent):
-            raise EngineDead("the engine spoke out of turn")
-        self._over = event.finish_reason is not None
-        return event
-
-    async def _next(self) -> Accepted | Refused | TokenEvent:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            raise EngineDead(self._death or "the engine ended") from None
 
 
 class Child:
@@ -111,7 +64,9 @@ class Child:
         self, config: EngineConfig, *, gauge: SpeedGauge, on_ready: Callable[[Ready], None]
     ) -> None:
         self.ready: Ready | None = None
-        self.calls: dict[str, Call] = {}
+        self.loading = Loading(0.0, "starting")
+        self.gauges: Gauges | None = None
+        self.calls: dict[str, Call | EmbeddingCall] = {}
         self.pid: int | None = None
         self._config = config
         self._gauge = gauge
@@ -121,29 +76,59 @@ class Child:
         self._cause: str | None = None
         self._heard = False
         self._ping_open = False
-        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        # At most one Generate and one Cancel per call, a Load and an open Ping: never full.
-        self._outbox, self._to_write = trio.open_memory_channel[bytes](2 * _MAX_CALLS + 2)
+        self._last_words = LastWords()
+        self._memory = MemoryWatch(oom_kills)
+        # Bounded by `_MAX_UNSENT_BYTES`; a Cancel per call and an open Ping come on top.
+        self._outbox, self._to_write = trio.open_memory_channel[bytes](math.inf)
+        self._unsent_bytes = 0
 
     # -- what the engine does with it -------------------------------------------------------------
 
-    def submit(self, request: GenerationRequest, *, window: int, waits: bool) -> Call:
-        """Send a request in; PromptRefused if it is too large to be sent at all."""
-        try:
-            frame = encode(Generate(request))
-        except FrameError as exc:
-            raise PromptRefused(f"The prompt cannot be taken: {exc}.") from exc
-        timing = Timing(asked=trio.current_time(), waited=waits)
-        call = Call(request, window=window, timing=timing)
-        self.calls[request.id] = call
-        self._outbox.send_nowait(frame)
+    @property
+    def places(self) -> int:
+        """Sequences that run or wait in the child."""
+        return sum(call.places for call in self.calls.values())
+
+    def submit(self, request: GenerationRequest, *, waits: bool) -> Call:
+        """Send a request in.
+
+        Raises PromptRefused if it is too large to be sent at all, EngineBusy if the child takes in
+        nothing at the moment.
+        """
+        frame = _encoded(Generate(request))
+        answers = request.sampling.n
+        call = Call(
+            request, timing=Timing(asked=trio.current_time(), waited=waits, answers=answers)
+        )
+        self._submit(call, frame)
         return call
 
-    def abandon(self, call: Call) -> None:
+    def submit_embedding(self, request: EmbeddingRequest) -> EmbeddingCall:
+        """Send a request in; raises as `submit`."""
+        frame = _encoded(Embed(request))
+        call = EmbeddingCall(request)
+        self._submit(call, frame)
+        return call
+
+    def abandon(self, call: Call | EmbeddingCall) -> None:
         """Cancel a call that nobody listens to any more; harmless if it is over."""
-        call.abandoned = True
+        call.abandon()
+        self._cancel(call)
+
+    def _submit(self, call: Call | EmbeddingCall, frame: bytes) -> None:
+        if self._unsent_bytes + len(frame) > _MAX_UNSENT_BYTES:
+            megabytes = self._unsent_bytes // 2**20
+            raise EngineBusy(f"the engine is not reading: {megabytes} MB of requests wait for it")
+        self.calls[call.request_id] = call
+        self._send(frame)
+
+    def _cancel(self, call: Call | EmbeddingCall) -> None:
         if self.calls.get(call.request_id) is call:
-            self._outbox.send_nowait(encode(Cancel(call.request_id)))
+            self._send(encode(Cancel(call.request_id)))
+
+    def _send(self, frame: bytes) -> None:
+        self._unsent_bytes += len(frame)
+        self._outbox.send_nowait(frame)
 
     async def serve(self) -> str:
         """Run the process; the reason of its end.  Every call in it ends with EngineDead."""
@@ -178,7 +163,7 @@ class Child:
     async def _converse(self, process: trio.Process) -> None:
         if process.stdin is None or process.stdout is None or process.stderr is None:
             raise AssertionError("all three are pipes")
-        self._outbox.send_nowait(encode(Load(self._config.model_dump_json())))
+        self._send(encode(Load(self._config.model_dump_json())))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write, process.stdin)
             nursery.start_soon(self._log, process.stderr)
@@ -192,6 +177,7 @@ class Child:
         try:
             async for frame in self._to_write:
                 await stdin.send_all(frame)
+                self._unsent_bytes -= len(frame)
         except trio.BrokenResourceError:
             pass  # the reader notices the same end, and knows more
 
@@ -216,8 +202,9 @@ class Child:
         self._log_ended.set()
 
     def _log_line(self, line: bytes) -> None:
-        if text := line[:_LOG_LINE_BYTES].decode(errors="replace").strip():
-            self._last_lines.append(text)
+        text = line[:_LOG_LINE_BYTES].decode(errors="replace").rstrip()
+        self._last_words.heard(text)
+        if text:
             logger.info("engine process %s: %s", self.pid, text)
 
     async def _watch(self, everything: trio.CancelScope) -> None:
@@ -236,7 +223,7 @@ class Child:
             self._heard = False
             if not self._ping_open:
                 self._ping_open = True
-                self._outbox.send_nowait(encode(Ping(1)))
+                self._send(encode(Ping(1)))
             await trio.sleep(interval)
             silent = 0.0 if self._heard else silent + interval
         self._cause = f"the step loop was silent for {self._config.hang_timeout_s:g} s: hung"
@@ -249,15 +236,17 @@ class Child:
             case StepFrame(events=events):
                 for event in events:
                     self._hear_event(event)
-            case Accepted(request_id=request_id):
-                if call := self._call(request_id):
-                    call.deliver(frame)
-            case Refused(request_id=request_id):
-                if call := self._call(request_id):
-                    del self.calls[request_id]
-                    call.deliver(frame)
+            case Accepted() | Refused() | Embedded():
+                self._hear_answer(frame)
+            case Gauges():
+                self.gauges = frame
+                self._gauge.batch(frame.running, frame.decode_tokens_per_second)
             case Pong(number=number):
                 self._ping_open = self._ping_open and number == 0
+            case Loading(progress=progress, what=what):
+                if what != self.loading.what:
+                    logger.info("engine %s: %.0f %%, %s", self._name, 100 * progress, what)
+                self.loading = frame
             case Ready():
                 self.ready = frame
                 self._loaded.set()
@@ -268,33 +257,64 @@ class Child:
                 raise FrameError(f"{type(frame).__name__} is not the child's to say")
 
     def _hear_event(self, event: TokenEvent) -> None:
-        if call := self._call(event.request_id):
-            self._gauge.tokens(call.timing, len(event.token_ids), now=trio.current_time())
-            if event.finish_reason is not None:
-                del self.calls[event.request_id]
-                self._gauge.finished(call.timing)
-            call.deliver(event)
+        call = self._call(event.request_id)
+        if call is None:
+            return
+        if not isinstance(call, Call):
+            raise FrameError(f"{event.request_id} is no generation")
+        was_first = call.timing.first is None
+        self._gauge.tokens(call.timing, len(event.token_ids), now=trio.current_time())
+        if was_first and call.timing.first is not None:
+            self._gauge.prompt(event.input_tokens - event.cached_tokens)
+        listened = not call.abandoned
+        call.deliver(event)
+        if call.is_over:
+            del self.calls[event.request_id]
+            # A child that says its gauges has told the speed of every batch already.
+            self._gauge.finished(call.timing, running=None if self.gauges else call.places)
+        elif listened and call.abandoned:
+            logger.warning("request %s is ended: its reader is too slow", event.request_id)
+            self._cancel(call)
 
-    def _call(self, request_id: str) -> Call | None:
+    def _hear_answer(self, said: Accepted | Refused | Embedded) -> None:
+        call = self._call(said.request_id)
+        if call is None:
+            return
+        match call, said:
+            case (Call(), Accepted() | Refused()):
+                call.answer(said)
+            case (EmbeddingCall(), Refused()):
+                call.answer(said)
+            case (EmbeddingCall(), Embedded()):
+                call.deliver(said)
+            case _:
+                raise FrameError(f"{type(said).__name__} is no answer to {said.request_id}")
+        if call.is_over:
+            del self.calls[said.request_id]
+
+    def _call(self, request_id: str) -> Call | EmbeddingCall | None:
         call = self.calls.get(request_id)
         if call is None:
             logger.warning("the engine speaks of a request that it does not have: %s", request_id)
         return call
 
+    @property
+    def _name(self) -> str:
+        return self._config.model.name
+
     def _end_calls(self, returncode: int | None) -> None:
         if self._cause is None:
-            self._cause = _obituary(returncode, list(self._last_lines))
+            self._cause = obituary(
+                returncode, str(self._last_words), memory_ran_out=self._memory.ran_out()
+            )
         calls, self.calls = self.calls, {}
         self.ready = None
         for call in calls.values():
             call.die(self._cause)
 
 
-def _obituary(returncode: int | None, last_lines: list[str]) -> str:
-    """Why a child is gone that did not say it."""
-    if returncode is not None and returncode < 0:
-        name = signal.Signals(-returncode).name
-        hint = " (the system does this when memory runs out)" if name == "SIGKILL" else ""
-        return f"the engine process was ended by {name}{hint}"
-    last = f": {last_lines[-1]}" if last_lines else ""
-    return f"the engine process exited with status {returncode}{last}"
+def _encoded(frame: Generate | Embed) -> bytes:
+    try:
+        return encode(frame)
+    except FrameError as exc:
+        raise PromptRefused(f"The prompt cannot be taken: {exc}.") from exc

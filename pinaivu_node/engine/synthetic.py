@@ -16,9 +16,11 @@ from typing import Final
 import trio
 
 from pinaivu_node.engine import noise
-from pinaivu_node.engine.gauge import SpeedGauge, Timing
+from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
 from pinaivu_node.engine.types import (
     ChatMessage,
+    EmbeddingRequest,
+    Embeddings,
     EngineBusy,
     EngineStatistics,
     FinishReason,
@@ -33,10 +35,12 @@ _VOCABULARY: Final = (
 )
 
 _BYTES_PER_TOKEN: Final = 4
+_MAX_ANSWERS: Final = 128
+"""As OpenAI's own bound on `n`."""
 
 
 class _Answer:
-    """One generation: an async iterator of its events."""
+    """One generation: an async iterator of its events, those of all its answers in turn."""
 
     def __init__(self, engine: SyntheticEngine, request: GenerationRequest, *, waits: bool) -> None:
         self._engine = engine
@@ -45,9 +49,10 @@ class _Answer:
         self._produced = len(request.resume_token_ids)
         room = engine.context_window - self._input_tokens
         self._limit = max(1, min(request.sampling.max_tokens, room))
+        self._index = 0
         self._next_at: float | None = None
         self.has_place = False
-        self.timing = Timing(asked=trio.current_time(), waited=waits)
+        self.timing = Timing(asked=trio.current_time(), waited=waits, answers=request.sampling.n)
 
     def __aiter__(self) -> _Answer:
         return self
@@ -55,27 +60,33 @@ class _Answer:
     async def __anext__(self) -> TokenEvent:
         if self._produced >= self._limit:
             raise StopAsyncIteration
+        if self._index == 0:
+            await self._wait_for_the_step()
+        self._engine.gauge.tokens(self.timing, 1, now=trio.current_time())
+        return self._event()
+
+    async def _wait_for_the_step(self) -> None:
         if self._next_at is None:
             await self._engine.places.acquire_on_behalf_of(self)
             self.has_place = True
             self._next_at = self._engine.tick_after(trio.current_time() + self._engine.ttft_s)
         await trio.sleep_until(self._next_at)
         self._next_at += self._engine.step_s
-        self._engine.gauge.tokens(self.timing, 1, now=trio.current_time())
-        return self._event()
 
     def _event(self) -> TokenEvent:
-        position = self._produced
-        self._produced += 1
-        draw = noise.stream(self._request.sampling.seed, self._input_tokens + position)
-        token_id = draw % len(_VOCABULARY)
-        is_last = self._produced >= self._limit
+        sampling, index = self._request.sampling, self._index
+        seed = noise.answer_seed(sampling.seed, index)
+        token_id = noise.stream(seed, self._input_tokens + self._produced) % len(_VOCABULARY)
+        is_last = self._produced + 1 >= self._limit
+        self._index = (index + 1) % sampling.n
+        self._produced += self._index == 0
         return TokenEvent(
             request_id=self._request.id,
             token_ids=(token_id,),
             text=_VOCABULARY[token_id],
             input_tokens=self._input_tokens,
             finish_reason=FinishReason.LENGTH if is_last else None,
+            index=index,
         )
 
 
@@ -91,7 +102,10 @@ class SyntheticEngine:
         context_window: int = 8192,
         max_queued: int = 8,
     ) -> None:
-        """`tokens_per_second` is per request; a request waits while `capacity` others run."""
+        """`tokens_per_second` is per answer; a request waits while `capacity` others run.
+
+        A request has one place, however many answers it wants.
+        """
         self.context_window = context_window
         self.step_s = 1.0 / tokens_per_second
         self.ttft_s = ttft_ms / 1000
@@ -111,6 +125,7 @@ class SyntheticEngine:
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         """See `Engine.generate`."""
+        _check(request)
         input_tokens = count_tokens(request.prompt)
         if input_tokens + len(request.resume_token_ids) >= self.context_window:
             raise PromptRefused(
@@ -124,31 +139,52 @@ class SyntheticEngine:
         try:
             yield answer
         finally:
+            self.gauge.finished(answer.timing, running=self._occupancy().running)
             self._requests -= 1
             if answer.has_place:
                 self.places.release_on_behalf_of(answer)
-            self.gauge.finished(answer.timing)
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Refuse: there is nothing whose meaning could be a vector."""
+        await trio.lowlevel.checkpoint()
+        raise PromptRefused(f"This engine makes no embeddings ({len(request.inputs)} were wanted).")
 
     def statistics(self) -> EngineStatistics:
         """A snapshot, at once."""
-        ahead = max(0, self._requests - self._capacity + 1)
+        occupancy = self._occupancy()
         return EngineStatistics(
             ready=True,
-            running=min(self._requests, self._capacity),
-            queued=max(0, self._requests - self._capacity),
+            running=occupancy.running,
+            queued=occupancy.queued,
             capacity=self._capacity,
             context_window=self.context_window,
-            tokens_per_second=self.gauge.tokens_per_second,
-            ttft_estimate_ms=self.gauge.ttft_estimate_ms(ahead=ahead, capacity=self._capacity),
+            tokens_per_second=self.gauge.speed_estimate(occupancy),
+            ttft_estimate_ms=self.gauge.ttft_estimate_ms(occupancy),
             restarts=0,
             generated_tokens=self.gauge.generated_tokens,
             device="none",
             dtype="none",
         )
 
+    def _occupancy(self) -> Occupancy:
+        running = min(self._requests, self._capacity)
+        return Occupancy(running=running, queued=self._requests - running, capacity=self._capacity)
+
     def tick_after(self, moment: float) -> float:
         """The engine's next step at or after this moment."""
         return math.ceil(moment / self.step_s) * self.step_s
+
+
+def _check(request: GenerationRequest) -> None:
+    """PromptRefused for what nonsense cannot have."""
+    if request.constraint is not None or request.tools is not None:
+        raise PromptRefused("This engine knows no constraints and no tools.")
+    if request.sampling.logprobs is not None:
+        raise PromptRefused("This engine does not report logprobs.")
+    if not 1 <= request.sampling.n <= _MAX_ANSWERS:
+        raise PromptRefused(f"This engine gives 1 to {_MAX_ANSWERS} answers to a prompt.")
+    if request.resume_token_ids and request.sampling.n > 1:
+        raise PromptRefused("Several answers cannot be continued.")
 
 
 def count_tokens(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> int:
