@@ -89,6 +89,9 @@ class ProviderSettings(_Settings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the engine; None: as many as there are cores."""
+    memory_budget_gb: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    """What several models may take together, in GB, before one leaves for another; of the GPU where
+    they run on one.  None: 80 % of what there is."""
 
 
 class CoordinatorSettings(_Settings):

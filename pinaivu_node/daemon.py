@@ -7,9 +7,9 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,14 @@ from pinaivu_node.config import CoordinatorSettings, ProviderSettings
 from pinaivu_node.coordinator.config import CoordinatorConfig
 from pinaivu_node.coordinator.service import Coordinator, serve_coordinator
 from pinaivu_node.coordinator.store import open_store, sqlite_url
-from pinaivu_node.engine.client import open_engine
+from pinaivu_node.engine.berth import FleetModel
+from pinaivu_node.engine.client import ProcessEngine, open_engine
 from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
+from pinaivu_node.engine.fleet import FleetConfig, open_fleet
+from pinaivu_node.engine.footprint import default_budget, footprint_of, resident_bytes
 from pinaivu_node.engine.openai import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
+from pinaivu_node.engine.types import Engine
 from pinaivu_node.identity import load_or_create_seed
 from pinaivu_node.interpreter import tune_for_latency
 from pinaivu_node.mesh.config import MeshConfig
@@ -32,7 +36,7 @@ from pinaivu_node.mesh.libp2p import open_libp2p_mesh
 from pinaivu_node.mesh.mesh import Mesh
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.models.pull import pull_missing
-from pinaivu_node.models.store import ModelStore
+from pinaivu_node.models.store import InstalledModel, ModelStore
 from pinaivu_node.protocol.ids import (
     ModelName,
     NanoX,
@@ -79,7 +83,7 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
     coordinator = _coordinator_of(settings)
     seed = load_or_create_seed(settings.home)
     async with AsyncExitStack() as stack:
-        models = [await _open_model(stack, settings, name) for name in settings.model]
+        models = await _open_models(stack, settings)
         engines = {served.model: served for served in models}
         mesh = await stack.enter_async_context(
             open_libp2p_mesh(MeshConfig(listen=settings.listen), seed=seed)
@@ -121,38 +125,96 @@ def _coordinator_of(settings: ProviderSettings) -> PeerId:
     return peer
 
 
-async def _open_model(stack: AsyncExitStack, settings: ProviderSettings, name: str) -> ServedModel:
-    prices = _prices(settings)
+async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> list[ServedModel]:
+    """What is to be sold, each model once, its engine running or about to be loaded."""
+    names = tuple(dict.fromkeys(settings.model))
     match settings.engine:
         case "torch":
-            model = ModelStore(settings.models_folder).resolve(name)
-            config = EngineConfig(
-                model=model.folder, device=settings.device, threads=settings.threads
-            )
-            return ServedModel(
-                engine=await stack.enter_async_context(open_engine(config)),
-                model=model.name,
-                digest=model.digest,
-                prices=prices,
-                kinds=_kinds(chat=model.chat),
-                licence=model.licence.name,
-                owner=model.owner,
-            )
+            store = ModelStore(settings.models_folder)
+            models = {model.name: model for model in map(store.resolve, names)}
+            return await _open_own(stack, settings, list(models.values()))
         case "openai":
-            return await _open_server(stack, settings, name, prices)
+            return [await _open_server(stack, settings, name) for name in names]
         case "bench":
-            return ServedModel(
-                engine=SyntheticEngine(tokens_per_second=200, ttft_ms=5, capacity=1024),
-                model=_model_name(name),
-                digest=digest_of(b"pinaivu/bench/1"),
-                prices=prices,
-                licence="none: not a model",
-            )
+            return [_bench(settings, name) for name in names]
 
 
-async def _open_server(
-    stack: AsyncExitStack, settings: ProviderSettings, name: str, prices: PriceList
-) -> ServedModel:
+async def _open_own(
+    stack: AsyncExitStack, settings: ProviderSettings, models: Sequence[InstalledModel]
+) -> list[ServedModel]:
+    if len(models) > 1:
+        return await _open_fleet(stack, settings, models)
+    engine = await stack.enter_async_context(open_engine(_engine_config(models[0], settings)))
+    return [_served(models[0], engine, settings)]
+
+
+async def _open_fleet(
+    stack: AsyncExitStack, settings: ProviderSettings, models: Sequence[InstalledModel]
+) -> list[ServedModel]:
+    """Several models of our own, which share the memory of this machine or of its GPU."""
+    given = settings.memory_budget_gb
+    budget = default_budget(settings.device) if given is None else round(given * 1e9)
+    fleet = await stack.enter_async_context(
+        open_fleet(
+            [_fleet_model(model, settings) for model in models],
+            FleetConfig(budget=budget),
+            memory_of=_memory_of,
+        )
+    )
+    served = []
+    for model in models:
+        engine = fleet.engines[model.name]
+        served.append(replace(_served(model, engine, settings), on_demand=engine))
+    return served
+
+
+def _fleet_model(model: InstalledModel, settings: ProviderSettings) -> FleetModel:
+    config = _engine_config(model, settings)
+    footprint = footprint_of(config)
+    return FleetModel(
+        name=model.name,
+        open=partial(open_engine, config),
+        need=footprint.need,
+        spare=footprint.spare,
+        load_s=footprint.load_s,
+        context_window=model.context_window,
+    )
+
+
+def _engine_config(model: InstalledModel, settings: ProviderSettings) -> EngineConfig:
+    return EngineConfig(model=model.folder, device=settings.device, threads=settings.threads)
+
+
+def _memory_of(engine: Engine) -> int | None:
+    """What an engine's process takes; of the memory of a GPU the process table knows nothing."""
+    if not isinstance(engine, ProcessEngine) or engine.statistics().device != "cpu":
+        return None
+    return None if engine.pid is None else resident_bytes(engine.pid)
+
+
+def _served(model: InstalledModel, engine: Engine, settings: ProviderSettings) -> ServedModel:
+    return ServedModel(
+        engine=engine,
+        model=model.name,
+        digest=model.digest,
+        prices=_prices(settings),
+        kinds=_kinds(chat=model.chat),
+        licence=model.licence.name,
+        owner=model.owner,
+    )
+
+
+def _bench(settings: ProviderSettings, name: str) -> ServedModel:
+    return ServedModel(
+        engine=SyntheticEngine(tokens_per_second=200, ttft_ms=5, capacity=1024),
+        model=_model_name(name),
+        digest=digest_of(b"pinaivu/bench/1"),
+        prices=_prices(settings),
+        licence="none: not a model",
+    )
+
+
+async def _open_server(stack: AsyncExitStack, settings: ProviderSettings, name: str) -> ServedModel:
     if settings.engine_url is None:
         raise DaemonError("--engine openai needs --engine-url, such as http://127.0.0.1:8000/v1")
     entry = CATALOGUE.get(ModelName(name))
@@ -169,7 +231,7 @@ async def _open_server(
         engine=await stack.enter_async_context(open_openai_engine(config)),
         model=_model_name(name),
         digest=pinned or digest_of(b"pinaivu/unpinned-model/1\0" + name.encode()),
-        prices=prices,
+        prices=_prices(settings),
         kinds=_kinds(chat=entry.chat if entry else True),
         licence=entry.licence.name if entry else "",
         owner=entry.owner if entry else "",

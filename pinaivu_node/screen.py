@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pinaivu_node.engine.residency import Residence, Standing
 from pinaivu_node.protocol.inference import Finish
 from pinaivu_node.provider.statistics import (
     FinishedJob,
@@ -126,8 +127,11 @@ def _connection(statistics: ProviderStatistics) -> Text:
 
 def _model(model: ModelStatistics) -> Text:
     name = (f"{model.model}  ", "bold")
+    standing = model.standing
+    if standing is not None and standing.residence is not Residence.WARM:
+        return Text.assemble(name, _away(standing))
     if not model.ready:
-        return Text.assemble(name, ("engine is starting", "yellow"))
+        return Text.assemble(name, (_starting(model.load_progress), "yellow"))
     device = f"{model.device} · " if model.device else ""
     return Text.assemble(
         name,
@@ -145,6 +149,22 @@ def _cache(model: ModelStatistics) -> str:
     if model.kv_blocks:
         words += f" · KV {100 * model.kv_blocks_free // model.kv_blocks} % free"
     return words
+
+
+def _starting(progress: float) -> str:
+    return f"loading {progress:.0%}" if 0 < progress < 1 else "engine is starting"
+
+
+def _away(standing: Standing) -> tuple[str, str]:
+    """What there is to say of a model that is not in memory, and how it looks."""
+    match standing.residence:
+        case Residence.FAILED:
+            return f"failed: {standing.reason}", "red"
+        case Residence.LOADING:
+            return f"loading {standing.progress:.0%}", "yellow"
+        case _:
+            wait = f"loaded when asked, {standing.delay_ms / 1000:,.0f} s"
+            return f"cold · {standing.reason or wait}", "dim"
 
 
 def _figures(

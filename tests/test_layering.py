@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "pinaivu_node.provider": {"protocol", "mesh", "engine"},
     "pinaivu_node.verification": {"protocol", "coordinator"},
     "pinaivu_node.evidence": {"protocol", "verification"},
-    "pinaivu_node.screen": {"provider", "protocol"},
+    "pinaivu_node.screen": {"provider", "protocol", "engine"},
     "pinaivu_node.devnet": {"protocol", "identity"},
     "pinaivu_node.daemon": {
         "protocol", "mesh", "coordinator", "provider", "engine", "models",

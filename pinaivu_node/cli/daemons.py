@@ -42,7 +42,11 @@ def start(
     *,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Catalogue name or folder; repeat for more.", show_default=False),
+        typer.Option(
+            help="Catalogue name or folder; repeat for more. The first that fit are kept loaded, "
+            "the others are loaded on demand.",
+            show_default=False,
+        ),
     ] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="The coordinator's multiaddr.", show_default=False)
@@ -82,6 +86,13 @@ def start(
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the engine.", show_default=False)
+    ] = None,
+    memory_budget_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="What several models may take together; default: 80 % of the memory.",
+            show_default=False,
+        ),
     ] = None,
     home: Home = None,
     models_folder: ModelsFolder = None,

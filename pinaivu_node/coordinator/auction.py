@@ -230,7 +230,7 @@ def _score(record: AuctionRecord, bid: Bid, measured: Measurement) -> _Score:
     expected_cost = cost(usage, bid.prices)
     waiting = measured.ttft_ms * usage.input // max(1, terms.input_estimate)
     speaking = usage.output * MILLION // measured.millitokens_per_second
-    expected_time = waiting + speaking
+    expected_time = bid.delay_ms + waiting + speaking
     worth = expected_cost + time_value(record.policy, terms.preference) * expected_time
     reliability = max(1, measured.reliability_ppm)
     return _Score(

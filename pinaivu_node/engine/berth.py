@@ -149,8 +149,12 @@ class Berth:
         self.pause_s = min(2 * self.pause_s or first_pause_s, _MAX_RETRY_PAUSE_S)
 
     def left(self) -> Life | None:
-        """It is sent away: the life that the caller is to end."""
-        self._earlier = self.statistics()
+        """It is sent away: the life that the caller is to end.
+
+        The next one counts as a restart: whatever its engine kept of prompts is lost with it.
+        """
+        said = self.statistics()
+        self._earlier = self._known = replace(said, restarts=said.restarts + 1)
         life, self.life = self.life, None
         return life
 

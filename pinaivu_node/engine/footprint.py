@@ -21,6 +21,10 @@ _HEADER_MOST: Final = 100 * _MIB
 """What the format itself allows a header."""
 _CONTEXT_RESERVED: Final = 8192
 """Tokens of context for which room is kept beyond the weights."""
+_START_S: Final = 4.0
+"""Until an engine process has imported what it needs and has warmed up."""
+_BYTES_PER_SECOND: Final = 300 * _MIB
+"""From a plain SSD into tensors.  The first load of a model corrects it."""
 _BUDGET_PERCENT: Final = 80
 """Of the memory of the machine: the rest is the system's, its file cache's, and the daemon's."""
 
@@ -49,10 +53,27 @@ def weigh(folder: Path) -> Weights:
     return Weights(values=values, bytes_on_disk=size)
 
 
-def estimated_need(config: EngineConfig, weights: Weights) -> int:
-    """Bytes that an engine of this configuration will take, before it was ever run."""
-    width = _width(config)
-    return round(weights.values * width) + kv_bytes(config) + _PROCESS + _WORK
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What an engine will take, before it was ever run."""
+
+    need: int
+    """Bytes in memory, when it works."""
+    spare: int
+    """Of these, what it does not touch before it works."""
+    load_s: float
+    """Seconds until it is ready."""
+
+
+def footprint_of(config: EngineConfig) -> Footprint:
+    """An estimate for an engine of this configuration; reads the headers of its files."""
+    weights = weigh(config.model)
+    spare = kv_bytes(config) + _WORK
+    return Footprint(
+        need=round(weights.values * _width(config)) + _PROCESS + spare,
+        spare=spare,
+        load_s=_START_S + weights.bytes_on_disk / _BYTES_PER_SECOND,
+    )
 
 
 def kv_bytes(config: EngineConfig) -> int:

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final
-
-_GIB: Final = 2**30
+from enum import StrEnum
 
 
-class Residence(Enum):
+class Residence(StrEnum):
     """Where a model is between disk and memory."""
 
     COLD = "cold"
@@ -96,7 +93,8 @@ def room_for(
     need = next(each.need for each in tenants if each.name == wanted)
     if need > budget:
         return NoRoom(
-            f"it needs {_gib(need)} GiB of memory and the budget is {_gib(budget)} GiB", ever=False
+            f"it needs {need / 1e9:.1f} GB of memory and the budget is {budget / 1e9:.1f} GB",
+            ever=False,
         )
     others = [each for each in tenants if each.resident and each.name != wanted]
     excess = sum(each.need for each in others) + need - budget
@@ -153,7 +151,3 @@ def _fewest(candidates: Iterable[Tenant], excess: int) -> list[Tenant] | None:
             leaving.remove(each)
             excess += each.need
     return leaving
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f}"

@@ -20,6 +20,7 @@ from pydantic import Field
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
     DigestField,
+    Milliseconds,
     MillisecondsField,
     ModelNameField,
     NanoXField,
@@ -283,6 +284,10 @@ class JobOffer(Message, kind="job_offer/1"):
     closes_at: UnixMillisecondsField
 
 
+def _is_zero(value: object) -> bool:
+    return value == 0
+
+
 class Bid(Message, kind="bid/1"):
     """Signed: I will do it, at these prices."""
 
@@ -294,6 +299,9 @@ class Bid(Message, kind="bid/1"):
     warm_tokens: TokenCount
     """Prompt tokens found in the prefix cache by the offer's fingerprints."""
     expires_at: UnixMillisecondsField
+    delay_ms: Annotated[MillisecondsField, Field(exclude_if=_is_zero)] = Milliseconds(0)
+    """What has to be done before the job can begin, such as loading the model.  It only counts
+    against the bidder, so it is believed; most bids have none and do not say it."""
 
 
 class Pass(Message, kind="pass/1"):

@@ -20,7 +20,7 @@ from pinaivu_node.protocol.ids import (
 )
 from pinaivu_node.protocol.market import Bid, JobOffer, JobTerms, Pass, PassReason
 from pinaivu_node.protocol.money import PriceList
-from pinaivu_node.provider.shelf import Stock
+from pinaivu_node.provider.shelf import NO_DELAY, Stock
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class Seller:
     bid_validity: Milliseconds
     warm_tokens: int = 0
     """Of this offer's prompt, what the model's engine need not compute."""
+    max_delay: Milliseconds = NO_DELAY
+    """How long a model may take to be loaded for this job."""
 
 
 def answer_offer(offer: JobOffer, seller: Seller, *, now: UnixMilliseconds) -> Bid | Pass | None:
@@ -63,6 +65,7 @@ def answer_offer(offer: JobOffer, seller: Seller, *, now: UnixMilliseconds) -> B
         prices=stock.offer.prices,
         context_window=stock.offer.context_window,
         warm_tokens=seller.warm_tokens,
+        delay_ms=stock.delay,
         expires_at=UnixMilliseconds(offer.closes_at + seller.bid_validity),
     )
 
@@ -89,6 +92,8 @@ def _passing_reason(seller: Seller, stock: Stock) -> PassReason | None:
         return PassReason.DRAINING
     if not stock.ready:
         return PassReason.ENGINE_UNAVAILABLE
-    if stock.free <= 0:
+    if stock.is_full:
         return PassReason.FULL
+    if stock.delay > seller.max_delay:
+        return PassReason.ENGINE_UNAVAILABLE
     return None

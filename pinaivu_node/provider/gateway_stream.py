@@ -139,6 +139,8 @@ class GatewayStream:
         work = self._works[answer.request_id] = _Work(answer)
         self._shop.stopped_by(answer, work.scope.cancel)
         nursery.start_soon(self._run, work, dispatch)
+        if self._shop.must_be_loaded(answer):
+            nursery.start_soon(self._accept_meanwhile, work)
 
     def _on_voucher_untrusted(self, envelope: Envelope) -> None:
         voucher = open_untrusted(envelope, Voucher, signer=self._stream.peer)
@@ -177,13 +179,24 @@ class GatewayStream:
         engine = self._shop.served[job.token.model].engine
         try:
             async with engine.generate(self._shop.generation(job, dispatch)) as events:
-                self._accept(work)
+                if not work.is_accepted:
+                    self._accept(work)
                 work.ending = await self._relay(job, events)
         except EngineError as exc:
             if not work.is_accepted:
                 return self._shop.turned_away(job, _reason_of(exc), str(exc))
             work.ending = failed(str(exc))
         return None
+
+    async def _accept_meanwhile(self, work: _Work) -> None:
+        """Tell the gateway that its job is being worked on, if its model takes time to load.
+
+        What is refused is mostly refused at once, for want of memory; a load that fails later, or a
+        prompt that the loaded model will not have, ends the job as a failure.
+        """
+        await trio.sleep(self._shop.config.accept_within_ms / 1000)
+        if self._works.get(work.job.request_id) is work and not work.is_accepted:
+            self._accept(work)
 
     async def _relay(self, job: Job, events: AsyncIterator[TokenEvent]) -> Ending:
         limit = self._shop.config.max_unvouched_tokens

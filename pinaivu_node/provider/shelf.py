@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final, Protocol
 
+from pinaivu_node.engine.residency import Residence, Standing
 from pinaivu_node.engine.types import Engine
-from pinaivu_node.protocol.ids import Digest, ModelName
+from pinaivu_node.protocol.ids import Digest, Milliseconds, ModelName
 from pinaivu_node.protocol.market import JobKind, ModelOffer
 from pinaivu_node.protocol.money import PriceList
+
+NO_DELAY: Final = Milliseconds(0)
+
+
+class OnDemand(Protocol):
+    """A model that shares its machine's memory with others, and may have to be loaded first."""
+
+    def standing(self) -> Standing:
+        """Where it is, and what a request made now would meet."""
+        ...
+
+    def anticipate(self) -> None:
+        """Somebody wanted it who could not wait for it: have it ready for the next one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +38,8 @@ class ServedModel:
     kinds: tuple[JobKind, ...] = (JobKind.CHAT, JobKind.COMPLETION)
     licence: str = ""
     owner: str = ""
+    on_demand: OnDemand | None = None
+    """None for a model that is always loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +51,29 @@ class Stock:
     """Whether its engine could start a generation now."""
     running: int
     """Jobs accepted and not yet over, those waiting in the engine included."""
+    delay: Milliseconds = NO_DELAY
+    """Until a job that came now could start: its model is still to be loaded."""
+    has_room: bool = True
+    """False while other models at work take the memory that this one would be loaded into."""
 
     @property
     def free(self) -> int:
-        """How many more jobs would start at once."""
-        return self.offer.capacity - self.running
+        """How many more jobs would be taken on, none of them waiting for another."""
+        return self.offer.capacity - self.running if self.has_room else 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no auction need wait for our bid."""
+        return self.free <= 0
+
+
+_ALWAYS_THERE: Final = Standing(Residence.WARM)
 
 
 def stock_of(served: ServedModel, *, running: int) -> Stock:
     """What can be said of this model now, `running` of our jobs being in its engine."""
     statistics = served.engine.statistics()
+    standing = _ALWAYS_THERE if served.on_demand is None else served.on_demand.standing()
     return Stock(
         offer=ModelOffer(
             model=served.model,
@@ -56,6 +87,8 @@ def stock_of(served: ServedModel, *, running: int) -> Stock:
         ),
         ready=statistics.ready,
         running=running,
+        delay=Milliseconds(standing.delay_ms),
+        has_room=standing.has_room,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from pinaivu_node.engine.residency import Residence
 from pinaivu_node.engine.types import GenerationRequest, TokenEvent
 from pinaivu_node.protocol.ids import (
     Milliseconds,
@@ -29,6 +30,7 @@ from pinaivu_node.protocol.market import (
     JobOffer,
     ModelLoad,
     Pass,
+    PassReason,
     Welcome,
 )
 from pinaivu_node.protocol.receipt import Receipt
@@ -94,6 +96,8 @@ class Shop:
         self._jobs: dict[RequestId, Job] = {}
         self._stops: dict[RequestId, Callable[[], None]] = {}
         self._running: dict[ModelName, int] = dict.fromkeys(served, 0)
+        self._without_room: set[ModelName] = set()
+        """What the coordinator was told to be full because other models take the memory."""
         notice_s = config.bid_validity_ms / 1000
         self._warmth = {model: Warmth(notice_s=notice_s) for model in served}
         self._answered = SeenRequests(_REMEMBERED)
@@ -121,13 +125,18 @@ class Shop:
 
     def loads(self) -> tuple[ModelLoad, ...]:
         """How busy each announced model is; what waits in an engine is not running."""
+        stocked = self._stock()
+        self._without_room = {name for name, stock in stocked.items() if not stock.has_room}
         return tuple(
             ModelLoad(
                 model=model,
-                running=min(stock.running, stock.offer.capacity),
+                # Without room in memory it is as full as with all its places taken.
+                running=min(stock.running, stock.offer.capacity)
+                if stock.has_room
+                else stock.offer.capacity,
                 queued=max(0, -stock.free),
             )
-            for model, stock in sorted(self._stock().items())
+            for model, stock in sorted(stocked.items())
             if stock.ready
         )
 
@@ -143,6 +152,7 @@ class Shop:
             answered=self._answered,
             bid_validity=self.config.bid_validity_ms,
             warm_tokens=self._warm_tokens(offer),
+            max_delay=Milliseconds(min(self.config.max_delay_ms, offer.terms.deadline - now)),
         )
         answer = answer_offer(offer, seller, now=now)
         request_id = offer.terms.request_id
@@ -153,6 +163,8 @@ class Shop:
             self._warmth[offer.terms.model].claimed(request_id, answer.warm_tokens)
         else:
             self.tally.passes[answer.reason] += 1
+            if answer.reason is PassReason.ENGINE_UNAVAILABLE:
+                self._anticipate(offer.terms.model)
         return answer
 
     def receipted(self, receipt: Receipt) -> None:
@@ -219,6 +231,11 @@ class Shop:
         self._running[token.model] += 1
         return job
 
+    def must_be_loaded(self, job: Job) -> bool:
+        """Whether the job's model is not there yet."""
+        on_demand = self.served[job.token.model].on_demand
+        return on_demand is not None and on_demand.standing().residence is not Residence.WARM
+
     def stopped_by(self, job: Job, stop: Callable[[], None]) -> None:
         """How to stop this job while it runs; forgotten when its account is closed."""
         self._stops[job.request_id] = stop
@@ -253,7 +270,7 @@ class Shop:
         self._running[model] -= 1
         if job.has_begun:
             self._warmth[model].used(job.chain, now=trio.current_time())
-        if was_full:
+        if was_full or self._makes_room():
             # The auction would not wait for the bid of one that it takes for full.
             self.news.set()
 
@@ -310,6 +327,7 @@ class Shop:
 
     def _model_statistics(self, model: ModelName) -> ModelStatistics:
         engine = self.served[model].engine.statistics()
+        on_demand = self.served[model].on_demand
         return ModelStatistics(
             model=model,
             ready=engine.ready,
@@ -322,7 +340,19 @@ class Shop:
             input_tokens=engine.input_tokens,
             cached_tokens=engine.cached_tokens,
             warm_prefixes=len(self._warmth[model]),
+            load_progress=engine.load_progress,
+            standing=None if on_demand is None else on_demand.standing(),
         )
+
+    def _anticipate(self, model: ModelName) -> None:
+        served = self.served.get(model)
+        if served is not None and served.on_demand is not None:
+            served.on_demand.anticipate()
+
+    def _makes_room(self) -> bool:
+        """Whether a model that there was no memory for could be loaded now."""
+        waiting = (self.served[model].on_demand for model in self._without_room)
+        return any(each is not None and each.standing().has_room for each in waiting)
 
     def _warm_tokens(self, offer: JobOffer) -> int:
         served = self.served.get(offer.terms.model)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from pinaivu_node.engine.residency import Standing
 from pinaivu_node.protocol.ids import ModelName, NanoX, PeerId, RequestId
 from pinaivu_node.protocol.inference import Finish, RefuseReason
 from pinaivu_node.protocol.market import PassReason
@@ -35,6 +36,9 @@ class ModelStatistics:
     """Of these, what its prefix cache had."""
     warm_prefixes: int = 0
     """Prompts that bids take for warm."""
+    load_progress: float = 1.0
+    standing: Standing | None = None
+    """Where the model is, if it is loaded on demand."""
 
 
 @dataclass(frozen=True, slots=True)

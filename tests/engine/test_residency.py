@@ -17,7 +17,7 @@ from pinaivu_node.engine.residency import (
 )
 
 WARM, COLD, LOADING = Residence.WARM, Residence.COLD, Residence.LOADING
-GIB = 2**30
+GB = 10**9
 
 
 @st.composite
@@ -139,9 +139,9 @@ def test_a_model_that_was_just_used_is_not_displaced_on_a_guess():
 
 
 def test_a_model_that_is_too_large_by_itself_is_told_so_for_good():
-    room = room_for("giant", [Tenant("giant", 30 * GIB, COLD)], budget=19 * GIB)
+    room = room_for("giant", [Tenant("giant", 30 * GB, COLD)], budget=19 * GB)
     assert not room.ever
-    assert room.reason == "it needs 30.0 GiB of memory and the budget is 19.0 GiB"
+    assert room.reason == "it needs 30.0 GB of memory and the budget is 19.0 GB"
 
 
 def test_one_that_outgrew_the_budget_leaves_and_not_its_neighbours():
