@@ -23,12 +23,16 @@ from pinaivu_node.protocol.inference import (
     Refuse,
     RefuseReason,
     TokenDelta,
+    TokenLogprob,
+    ToolCallDelta,
 )
 from pinaivu_node.protocol.market import SegmentOutcome, Voucher
 
 MAX_UNREAD_CHARACTERS: Final = 1 << 20
 """Text that waits for one client: about a quarter of a million tokens, longer than most answers."""
-_WELL_ENDED: Final = (Finish.STOP, Finish.LENGTH)
+_WELL_ENDED: Final = (Finish.STOP, Finish.LENGTH, Finish.TOOL_CALLS)
+_ALTERNATIVE: Final = 32
+"""Characters that an alternative or a piece of a call weighs beside its own."""
 
 
 class Attempt:
@@ -41,6 +45,8 @@ class Attempt:
         self.is_accepted = False
         self._texts: list[str] = []
         self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._calls: list[ToolCallDelta] = []
         self._unread = 0
         self._changed = trio.Event()
 
@@ -117,9 +123,13 @@ class Attempt:
         self._ids.extend(delta.token_ids)
         if delta.text:
             self._texts.append(delta.text)
-            self._unread += len(delta.text)
-            if self._unread > MAX_UNREAD_CHARACTERS:
-                self.fail(SegmentOutcome.CANCELLED, "the client does not read its answer")
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
+        if delta.tool_calls:
+            self._calls.extend(delta.tool_calls)
+        self._unread += _weight_of(delta)
+        if self._unread > MAX_UNREAD_CHARACTERS:
+            self.fail(SegmentOutcome.CANCELLED, "the client does not read its answer")
         self._changed.set()
         return self.segment.voucher_due()
 
@@ -155,22 +165,39 @@ class Attempt:
 
     def take(self) -> JobEvent | None:
         """All that lies here, as one event; None if there is nothing, or nothing more."""
-        if self._ids or self._texts:
-            event = TextDelta("".join(self._texts), tuple(self._ids))
-            self._texts.clear()
-            self._ids.clear()
+        if self._has_something:
+            event = TextDelta(
+                "".join(self._texts), tuple(self._ids), tuple(self._logprobs), tuple(self._calls)
+            )
+            for each in (self._texts, self._ids, self._logprobs, self._calls):
+                each.clear()
             self._unread = 0
             return event
         return self.finished
 
     async def wait_changed(self) -> None:
         """Return when `take` or `is_over` may say something new; at once if there is something."""
-        if self._ids or self._texts or self.is_over:
+        if self._has_something or self.is_over:
             await trio.lowlevel.checkpoint()
             return
         await self._wait()
+
+    @property
+    def _has_something(self) -> bool:
+        return bool(self._ids or self._texts or self._calls)
 
     async def _wait(self) -> None:
         # Whoever waits has just looked at the state, and nothing runs between the two.
         self._changed = trio.Event()
         await self._changed.wait()
+
+
+def _weight_of(delta: TokenDelta) -> int:
+    """Characters of what is kept of it until the client reads; a token id counts for none."""
+    calls = sum(_ALTERNATIVE + len(call.arguments) for call in delta.tool_calls)
+    alternatives = sum(
+        _ALTERNATIVE + len(token)
+        for each in delta.logprobs
+        for _, token, _ in (each.chosen, *each.top)
+    )
+    return len(delta.text) + calls + alternatives

@@ -18,7 +18,7 @@ from pinaivu_node.protocol.ids import (
     PeerId,
     RequestId,
 )
-from pinaivu_node.protocol.inference import Finish, Prompt, Sampling
+from pinaivu_node.protocol.inference import Finish, Prompt, Sampling, TokenLogprob, ToolCallDelta
 from pinaivu_node.protocol.market import JobKind, ModelOffer, Preference
 from pinaivu_node.protocol.money import PriceList, TokenUsage
 from pinaivu_node.protocol.receipt import ReceiptReply
@@ -56,6 +56,9 @@ class TextDelta:
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token id, if they were asked for."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

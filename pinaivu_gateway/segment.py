@@ -5,13 +5,13 @@ Pure.  Times are seconds of one monotonic clock.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Final
 
 from pinaivu_gateway.awards import Assignment
+from pinaivu_node.protocol.answer import AnswerHash
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import Digest, Milliseconds, PeerId
-from pinaivu_node.protocol.inference import Done, TokenDelta
+from pinaivu_node.protocol.inference import Done, TokenDelta, ToolCallDelta
 from pinaivu_node.protocol.market import Proof, SegmentOutcome, SegmentReport, Voucher
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.signing import open_untrusted
@@ -44,7 +44,7 @@ class Segment:
         self._started_at: Final = now
         self._first_at: float | None = None
         self._vouched = 0
-        self._hash = hashlib.sha256()
+        self._answer = AnswerHash()
         self._bytes = 0
         self._proven: TokenUsage | None = None
 
@@ -55,8 +55,8 @@ class Segment:
 
     @property
     def output_hash(self) -> Digest:
-        """Of the text so far."""
-        return Digest(f"sha256:{self._hash.hexdigest()}")
+        """Of the answer so far."""
+        return self._answer.digest
 
     @property
     def has_begun(self) -> bool:
@@ -71,12 +71,16 @@ class Segment:
         total = self.output_tokens + len(delta.token_ids)
         if self._start + total > self.assignment.token.output_limit:
             raise RemoteProtocolError("more output tokens than were auctioned")
+        if delta.logprobs and len(delta.logprobs) != len(delta.token_ids):
+            raise RemoteProtocolError("not one logprob for each token")
         text = delta.text.encode()
-        self._bytes += len(text)
+        self._bytes += len(text) + sum(map(_size_of_call, delta.tool_calls))
         if self._bytes > _LONGEST_TOKEN * max(1, total):
             raise RemoteProtocolError("more text than so few tokens can stand for")
         self.output_tokens = total
-        self._hash.update(text)
+        self._answer.add_text(text)
+        for call in delta.tool_calls:
+            self._answer.add_call(call)
         if self._first_at is None and delta.token_ids:
             self._first_at = now
 
@@ -134,6 +138,11 @@ class Segment:
             ttft_ms=None if self._first_at is None else _ms(self._first_at - self._started_at),
             duration_ms=_ms(now - self._started_at),
         )
+
+
+def _size_of_call(call: ToolCallDelta) -> int:
+    # An empty piece counts too, or there could be any number of them.
+    return 1 + len((call.id or "") + (call.name or "") + call.arguments)
 
 
 def _ms(seconds: float) -> Milliseconds:

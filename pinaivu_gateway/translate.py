@@ -45,7 +45,11 @@ SHORT_ANSWER: Final = 256
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's, for raw completions."""
 NANO_X_PER_X: Final = 10**9
-FINISH_REASONS: Final = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+FINISH_REASONS: Final = {
+    Finish.STOP: "stop",
+    Finish.LENGTH: "length",
+    Finish.TOOL_CALLS: "tool_calls",
+}
 """Other ends are failures, which OpenAI's clients know no reason for."""
 
 

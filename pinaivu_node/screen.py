@@ -35,6 +35,7 @@ _BARS: Final = "▁▂▃▄▅▆▇█"
 _ENDINGS: Final = {
     Finish.STOP: ("done", "green"),
     Finish.LENGTH: ("done", "green"),
+    Finish.TOOL_CALLS: ("done", "green"),
     Finish.CANCELLED: ("cancelled", "yellow"),
     Finish.ERROR: ("failed", "red"),
 }

@@ -13,8 +13,10 @@ from enum import Enum
 from pinaivu_node.coordinator.auction import AuctionResult, decide, open_bid_set_untrusted
 from pinaivu_node.coordinator.job import hold_for
 from pinaivu_node.coordinator.settlement import vouchered_output
+from pinaivu_node.protocol.answer import digest_of_answer
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import MILLION, Digest, PeerId, RequestId, digest_of
+from pinaivu_node.protocol.inference import ToolCall
 from pinaivu_node.protocol.market import AuctionRecord, Bid, Delivery, Outcome, Proof, SegmentReport
 from pinaivu_node.protocol.merkle import tree_root
 from pinaivu_node.protocol.money import cost
@@ -60,6 +62,8 @@ class Expectation:
     coordinator: PeerId | None = None
     answer: str | None = None
     """The text that the client received."""
+    calls: tuple[ToolCall, ...] = ()
+    """The tool calls that it received beside the text."""
 
 
 def verify(evidence: Evidence, expectation: Expectation) -> Iterator[Check]:
@@ -204,7 +208,7 @@ def _answer(
         same = delivery.output_hash == receipt.output_hash
         yield _holds("output hash", same, "the gateway delivered what the receipt names")
     if expectation.answer is not None:
-        same = digest_of(expectation.answer.encode()) == receipt.output_hash
+        same = digest_of_answer(expectation.answer, expectation.calls) == receipt.output_hash
         yield _holds("answer", same, "the text you hold, by its hash")
 
 

@@ -18,6 +18,14 @@ from pinaivu_node.protocol.wire import Message, Record, Word, encode_body
 
 MAX_PROMPT_CHARACTERS: Final = 900_000
 """What fits one frame; about 200k tokens, beyond the context of the models served."""
+MAX_CONSTRAINT_CHARACTERS: Final = 131_072
+"""The longest schemas that OpenAI takes have about as many."""
+MAX_TOOLS: Final = 128
+"""Tools of a request, and calls of a turn; as many as OpenAI takes."""
+MAX_ALTERNATIVES: Final = 20
+"""Beside each token; as many as OpenAI gives."""
+LEAST_LOGPROB: Final = -9999.0
+"""What stands for the logarithm of nothing, as in OpenAI's answers."""
 
 
 class RefuseReason(StrEnum):
@@ -44,8 +52,72 @@ class Finish(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """As STOP, and the answer holds a whole tool call."""
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+class ConstraintKind(StrEnum):
+    """What the answer must match; the text of the constraint is read accordingly."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    LARK = "lark"
+
+
+class ToolChoice(StrEnum):
+    """What the model is to do about its tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+def _is_unset(value: object) -> bool:
+    """Whether an option has its default, which is not sent: most requests have none of them."""
+    return not value and value != 0
+
+
+ToolName = Annotated[str, Field(min_length=1, max_length=64)]
+"""As long as OpenAI's."""
+CallId = Annotated[str, Field(max_length=64)]
+Arguments = Annotated[str, Field(max_length=65536)]
+
+
+class Constraint(Record):
+    """A language that the answer must be a sentence of."""
+
+    kind: Word[ConstraintKind]
+    text: Annotated[str, Field(max_length=MAX_CONSTRAINT_CHARACTERS)] = ""
+
+
+class ToolCall(Record):
+    """A call that the model asked for in an earlier turn."""
+
+    id: CallId
+    name: ToolName
+    arguments: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+class Tool(Record):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: ToolName
+    description: Annotated[str, Field(max_length=16384)] = ""
+    parameters: Annotated[str, Field(max_length=MAX_CONSTRAINT_CHARACTERS)] = "{}"
+
+
+class ToolUse(Record):
+    """The tools of one request."""
+
+    tools: Annotated[tuple[Tool, ...], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)]
+    choice: Word[ToolChoice] = ToolChoice.AUTO
+    named: ToolName | None = None
+    """With REQUIRED: this tool and no other."""
+    parallel: bool = True
 
 
 class ChatTurn(Record):
@@ -53,6 +125,13 @@ class ChatTurn(Record):
 
     role: Annotated[str, Field(max_length=32)]
     content: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+    tool_calls: Annotated[
+        tuple[ToolCall, ...],
+        Field(fail_fast=True, max_length=MAX_TOOLS, exclude_if=_is_unset),
+    ] = ()
+    """Of an assistant's turn."""
+    tool_call_id: Annotated[CallId, Field(exclude_if=_is_unset)] = ""
+    """Of a tool's turn: which call this answers."""
 
 
 class Prompt(Record):
@@ -65,6 +144,8 @@ class Prompt(Record):
     token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=1 << 17)] | None = (
         None
     )
+    tools: Annotated[ToolUse | None, Field(exclude_if=_is_unset)] = None
+    """Part of the prompt, since the model's template renders them into it; with turns only."""
 
     @property
     def commitment(self) -> Digest:
@@ -92,6 +173,15 @@ class Sampling(Record):
     ] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     ignore_eos: bool = False
+    stop_token_ids: Annotated[
+        tuple[TokenId, ...], Field(fail_fast=True, max_length=64, exclude_if=_is_unset)
+    ] = ()
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None, Field(exclude_if=_is_unset)
+    ] = None
+    """Alternatives to report beside each chosen token; None reports no logprobs."""
+    constraint: Annotated[Constraint | None, Field(exclude_if=_is_unset)] = None
+    """Here because it decides which tokens may be chosen, so that the digest covers it."""
 
     @property
     def digest(self) -> Digest:
@@ -129,6 +219,31 @@ class Refuse(Message, kind="refuse/1"):
     explanation: Explanation
 
 
+Likelihood = tuple[
+    TokenId,
+    Annotated[bytes, Field(max_length=1024)],
+    Annotated[float, Field(ge=LEAST_LOGPROB, le=0)],
+]
+"""A token, its bytes, which may be a part of a character, and its natural log-probability by the
+model's own distribution: before temperature and penalties."""
+
+
+class TokenLogprob(Record):
+    """How likely the chosen token was, and the likeliest in its place, most likely first."""
+
+    chosen: Likelihood
+    top: Annotated[tuple[Likelihood, ...], Field(fail_fast=True, max_length=MAX_ALTERNATIVES)] = ()
+
+
+class ToolCallDelta(Record):
+    """A piece of a tool call; the first of a call has its id and name."""
+
+    index: Annotated[int, Field(ge=0, lt=MAX_TOOLS)]
+    id: CallId | None = None
+    name: ToolName | None = None
+    arguments: Arguments = ""
+
+
 class TokenDelta(Record):
     """What one step brought one request; `text` may lag behind the ids."""
 
@@ -137,6 +252,13 @@ class TokenDelta(Record):
     """Output tokens before these."""
     token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=4096)]
     text: Annotated[str, Field(max_length=65536)]
+    logprobs: Annotated[
+        tuple[TokenLogprob, ...], Field(fail_fast=True, max_length=4096, exclude_if=_is_unset)
+    ] = ()
+    """One per token id, if they were asked for."""
+    tool_calls: Annotated[
+        tuple[ToolCallDelta, ...], Field(fail_fast=True, max_length=4096, exclude_if=_is_unset)
+    ] = ()
 
 
 class Tokens(Message, kind="tokens/1"):

@@ -12,7 +12,7 @@ from typing import Final
 
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import ModelName, PeerId, RequestId, UnixMilliseconds
-from pinaivu_node.protocol.inference import Dispatch, Prompt, Refuse, RefuseReason
+from pinaivu_node.protocol.inference import ChatTurn, Dispatch, Prompt, Refuse, RefuseReason
 from pinaivu_node.protocol.market import DispatchToken, JobKind
 from pinaivu_node.protocol.signing import open_untrusted
 from pinaivu_node.provider.shelf import Stock
@@ -173,12 +173,21 @@ def _fault_of_room(token: DispatchToken, door: Doorkeeper) -> _Fault | None:
 
 
 def _characters(prompt: Prompt) -> int:
-    turns = sum(len(turn.content) + len(turn.role) for turn in prompt.turns or ())
+    turns = sum(map(_characters_of_turn, prompt.turns or ()))
+    tools = prompt.tools.tools if prompt.tools else ()
+    described = sum(len(tool.name) + len(tool.description) + len(tool.parameters) for tool in tools)
     # A token id takes about as much memory as four characters, and stands for about as many.
-    return turns + len(prompt.text or "") + 4 * len(prompt.token_ids or ())
+    return turns + described + len(prompt.text or "") + 4 * len(prompt.token_ids or ())
+
+
+def _characters_of_turn(turn: ChatTurn) -> int:
+    calls = sum(len(call.id) + len(call.name) + len(call.arguments) for call in turn.tool_calls)
+    return len(turn.role) + len(turn.content) + calls
 
 
 def _fits(prompt: Prompt, kind: JobKind) -> bool:
     """Whether exactly one form of prompt is there, and it is one that this kind of job takes."""
     given = [form for form in (prompt.turns, prompt.text, prompt.token_ids) if form is not None]
-    return len(given) == 1 and (prompt.turns is not None) == (kind is JobKind.CHAT)
+    is_chat = kind is JobKind.CHAT
+    has_tools = prompt.tools is not None
+    return len(given) == 1 and (prompt.turns is not None) == is_chat and (is_chat or not has_tools)

@@ -207,7 +207,7 @@ class GatewayStream:
                     f"over_limits: {event.input_tokens} prompt tokens, "
                     f"{job.token.input_limit} were auctioned"
                 )
-            if event.token_ids or event.text:
+            if event.token_ids or event.text or event.tool_calls:
                 self._send_tokens(job, event)
             ending = ending_of(event)
             if ending is not None:
@@ -229,7 +229,7 @@ class GatewayStream:
         self._something_waits.set()
 
     def _send_tokens(self, job: Job, event: TokenEvent) -> None:
-        self._outbound.add(job, event.token_ids, event.text)
+        self._outbound.add(job, event)
         self._something_waits.set()
         if self._outbound.waiting_bytes > self._shop.config.max_outbound_bytes:
             self._give_up()

@@ -6,10 +6,11 @@ made them: what lay ready and was never sent is not sold.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
+from pinaivu_node.engine import types
 from pinaivu_node.engine.types import (
     ChatMessage,
     FinishReason,
@@ -17,8 +18,18 @@ from pinaivu_node.engine.types import (
     SamplingParams,
     TokenEvent,
 )
-from pinaivu_node.protocol.ids import Digest, Milliseconds, PeerId, RequestId
-from pinaivu_node.protocol.inference import Dispatch, Finish, Prompt
+from pinaivu_node.protocol.answer import AnswerHash
+from pinaivu_node.protocol.ids import Milliseconds, PeerId, RequestId
+from pinaivu_node.protocol.inference import (
+    ChatTurn,
+    Constraint,
+    Dispatch,
+    Finish,
+    Prompt,
+    Sampling,
+    ToolCallDelta,
+    ToolUse,
+)
 from pinaivu_node.protocol.market import DispatchToken, Proof, SegmentOutcome
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.signing import Envelope
@@ -37,6 +48,7 @@ class Ending:
 
 
 STOPPED = Ending(Finish.STOP, SegmentOutcome.COMPLETED)
+CALLED_TOOLS = Ending(Finish.TOOL_CALLS, SegmentOutcome.COMPLETED)
 AT_LIMIT = Ending(Finish.LENGTH, SegmentOutcome.COMPLETED)
 CANCELLED = Ending(Finish.CANCELLED, SegmentOutcome.CANCELLED)
 
@@ -63,6 +75,8 @@ def ending_of(event: TokenEvent) -> Ending | None:
             return None
         case FinishReason.STOP:
             return STOPPED
+        case FinishReason.TOOL_CALLS:
+            return CALLED_TOOLS
         case FinishReason.LENGTH:
             return AT_LIMIT
         case FinishReason.CANCELLED:
@@ -88,7 +102,7 @@ class Job:
         self.started_at = now
         self._token_digest = dispatch.token.digest
         self._first_at: float | None = None
-        self._hash = hashlib.sha256()
+        self._answer = AnswerHash()
         self._voucher: Envelope | None = None
         self._vouched = 0
 
@@ -114,11 +128,13 @@ class Job:
         if self._first_at is None and event.token_ids:
             self._first_at = now
 
-    def sent(self, tokens: int, text: bytes) -> None:
+    def sent(self, tokens: int, text: bytes, calls: Iterable[ToolCallDelta] = ()) -> None:
         """Count what is handed to the gateway's stream now."""
         self.output_tokens += tokens
         self.position += tokens
-        self._hash.update(text)
+        self._answer.add_text(text)
+        for call in calls:
+            self._answer.add_call(call)
 
     def vouched(self, envelope: Envelope, tokens: int) -> None:
         """Keep the best voucher; its signature has been checked.
@@ -145,7 +161,7 @@ class Job:
             gateway=self.token.gateway,
             model_digest=self.token.model_digest,
             usage=ZERO_USAGE if ending.is_void else self._usage(),
-            output_hash=Digest("sha256:" + self._hash.hexdigest()),
+            output_hash=self._answer.digest,
             token=self._token_digest,
             outcome=ending.outcome,
             engine_ttft_ms=_milliseconds(first_at - self.started_at),
@@ -163,36 +179,75 @@ class Job:
 
 def generation_of(dispatch: Dispatch, *, deadline_ms: int) -> GenerationRequest:
     """What the engine is asked to do for a dispatch that was found good."""
-    sampling = dispatch.sampling
     return GenerationRequest(
         id=dispatch.request_id,
         prompt=_engine_prompt(dispatch.prompt),
-        sampling=SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=dict(sampling.logit_bias),
-            stop=sampling.stop,
-            seed=sampling.seed,
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=_engine_sampling(dispatch.sampling),
         resume_token_ids=dispatch.resume_token_ids,
         tenant=dispatch.tenant,
         deadline_ms=deadline_ms,
+        constraint=_engine_constraint(dispatch.sampling.constraint),
+        tools=_engine_tools(dispatch.prompt.tools),
+    )
+
+
+def _engine_sampling(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        ignore_eos=sampling.ignore_eos,
     )
 
 
 def _engine_prompt(prompt: Prompt) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
     if prompt.turns is not None:
-        return tuple(ChatMessage(turn.role, turn.content) for turn in prompt.turns)
+        return tuple(map(_engine_message, prompt.turns))
     if prompt.text is not None:
         return prompt.text
     return prompt.token_ids or ()
+
+
+def _engine_message(turn: ChatTurn) -> ChatMessage:
+    return ChatMessage(
+        role=turn.role,
+        content=turn.content,
+        tool_calls=tuple(
+            types.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+            for call in turn.tool_calls
+        ),
+        tool_call_id=turn.tool_call_id,
+    )
+
+
+def _engine_constraint(constraint: Constraint | None) -> types.Constraint | None:
+    if constraint is None:
+        return None
+    return types.Constraint(types.ConstraintKind(constraint.kind.value), constraint.text)
+
+
+def _engine_tools(use: ToolUse | None) -> types.ToolUse | None:
+    if use is None:
+        return None
+    return types.ToolUse(
+        tools=tuple(
+            types.Tool(name=tool.name, description=tool.description, parameters=tool.parameters)
+            for tool in use.tools
+        ),
+        choice=types.ToolChoice(use.choice.value),
+        named=use.named,
+        parallel=use.parallel,
+    )
 
 
 def _milliseconds(seconds: float) -> Milliseconds:

@@ -13,31 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
+from pinaivu_node.engine.types import TokenEvent
 from pinaivu_node.protocol.ids import RequestId
 from pinaivu_node.protocol.inference import Accept, Done, Refuse, TokenDelta, Tokens
 from pinaivu_node.protocol.wire import encode
 from pinaivu_node.provider.jobs import Ending, Job
+from pinaivu_node.provider.pieces import Piece, Pile
 
-_MAX_IDS: Final = 4096
-_MAX_TEXT_BYTES: Final = 65_536
-"""What a TokenDelta takes.  Bytes, where it says characters: simpler, and shorter."""
 _FRAME_BYTES: Final = 512 * 1024
 """Half the longest frame, so that an estimate of the encoded size is good enough."""
-_DELTA_BYTES: Final = 120
-"""A delta's request id, its field names and the framing around them."""
-_ID_BYTES: Final = 5
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """What one job's engine brought since the last round."""
-
-    job: Job
-    ids: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
 
 
 class Outbound:
@@ -47,7 +33,7 @@ class Outbound:
         """`seal` makes the last word on a job; it is called when all its tokens have left."""
         self._seal = seal
         self._openers: list[Accept | Refuse] = []
-        self._tokens: dict[RequestId, _Waiting] = {}
+        self._tokens: dict[RequestId, tuple[Job, Pile]] = {}
         self._endings: deque[tuple[Job, Ending]] = deque()
         self.waiting_bytes = 0
         """About how long the tokens that wait will be on the wire."""
@@ -64,15 +50,16 @@ class Outbound:
         """Answer a dispatch."""
         self._openers.append(message)
 
-    def add(self, job: Job, ids: tuple[int, ...], text: str) -> None:
-        """Send these tokens of an accepted job."""
+    def add(self, job: Job, event: TokenEvent) -> None:
+        """Send what this event brought an accepted job."""
         waiting = self._tokens.get(job.request_id)
         if waiting is None:
-            self._tokens[job.request_id] = waiting = _Waiting(job)
-            self.waiting_bytes += _DELTA_BYTES
-        waiting.ids += ids
-        waiting.text.append(text)
-        self.waiting_bytes += _ID_BYTES * len(ids) + len(text)
+            self._tokens[job.request_id] = waiting = (job, Pile())
+            self.waiting_bytes += waiting[1].size
+        pile = waiting[1]
+        self.waiting_bytes -= pile.size
+        pile.add(event)
+        self.waiting_bytes += pile.size
 
     def end(self, job: Job, ending: Ending) -> None:
         """Say Done after everything that was added."""
@@ -82,8 +69,7 @@ class Outbound:
         """Forget what was added for this job and has not left: nobody wants it any more."""
         waiting = self._tokens.pop(job.request_id, None)
         if waiting is not None:
-            size = _DELTA_BYTES + _ID_BYTES * len(waiting.ids) + sum(map(len, waiting.text))
-            self.waiting_bytes -= size
+            self.waiting_bytes -= waiting[1].size
 
     def take_unfinished(self) -> list[tuple[Job, Ending]]:
         """The endings that were never said, for a stream that is lost."""
@@ -108,49 +94,31 @@ class Outbound:
             yield encode(self._seal(*self._endings.popleft()))
 
 
-def _token_frames(tokens: Iterable[_Waiting]) -> Iterator[bytes]:
+def _token_frames(tokens: Iterable[tuple[Job, Pile]]) -> Iterator[bytes]:
     deltas: list[TokenDelta] = []
     size = 0
-    for waiting in tokens:
-        for ids, text in _pieces(waiting):
-            length = _DELTA_BYTES + _ID_BYTES * len(ids) + len(text)
-            if deltas and size + length > _FRAME_BYTES:
+    for job, pile in tokens:
+        for piece in pile.pieces():
+            if deltas and size + piece.size > _FRAME_BYTES:
                 yield _tokens_frame(deltas)
                 deltas, size = [], 0
-            deltas.append(_sent_delta(waiting.job, ids, text))
-            size += length
+            deltas.append(_sent_delta(job, piece))
+            size += piece.size
     if deltas:
         yield _tokens_frame(deltas)
 
 
-def _pieces(waiting: _Waiting) -> Iterator[tuple[list[int], bytes]]:
-    """The tokens in portions that a delta takes; nearly always one."""
-    # Half a surrogate pair has no UTF-8; an engine that relays another's JSON can let one through.
-    text = "".join(waiting.text).encode(errors="replace")
-    ids = waiting.ids
-    if len(ids) <= _MAX_IDS and len(text) <= _MAX_TEXT_BYTES:
-        yield ids, text
-        return
-    while ids or text:
-        cut = _character_boundary(text, _MAX_TEXT_BYTES)
-        yield ids[:_MAX_IDS], text[:cut]
-        ids, text = ids[_MAX_IDS:], text[cut:]
-
-
-def _character_boundary(text: bytes, limit: int) -> int:
-    """The longest cut within `limit` that splits no character."""
-    cut = min(limit, len(text))
-    while cut < len(text) and text[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
-
-
-def _sent_delta(job: Job, ids: list[int], text: bytes) -> TokenDelta:
+def _sent_delta(job: Job, piece: Piece) -> TokenDelta:
     # Built without validation: this is the hot path, and the engine's own types are trusted.
     delta = TokenDelta.model_construct(
-        request_id=job.request_id, position=job.position, token_ids=tuple(ids), text=text.decode()
+        request_id=job.request_id,
+        position=job.position,
+        token_ids=piece.ids,
+        text=piece.text.decode(),
+        logprobs=piece.logprobs,
+        tool_calls=piece.calls,
     )
-    job.sent(len(ids), text)
+    job.sent(len(piece.ids), piece.text, piece.calls)
     return delta
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_gateway.fingerprints import FINGERPRINT_BYTES, fingerprint_chain
-from pinaivu_node.protocol.inference import ChatTurn
+from pinaivu_node.protocol.inference import ChatTurn, Tool, ToolCall, ToolChoice, ToolUse
 from pinaivu_node.protocol.market import MAX_FINGERPRINTS
 
 SECRET = b"s" * 32
@@ -84,3 +84,25 @@ def test_of_a_very_long_conversation_the_newest_turns_are_named() -> None:
 
 def test_nothing_said_has_no_fingerprint() -> None:
     assert fingerprint_chain(SECRET, []) == ()
+
+
+def test_what_is_called_and_what_could_be_called_is_part_of_the_conversation() -> None:
+    call = ToolCall(id="call_1", name="weather", arguments="{}")
+    weather = ToolUse(tools=(Tool(name="weather"),))
+    variants = [
+        fingerprint_chain(SECRET, [turn], tools)
+        for turn in (
+            ChatTurn(role="assistant", content=""),
+            ChatTurn(role="assistant", content="", tool_calls=(call,)),
+            ChatTurn(role="assistant", content="", tool_calls=(call, call)),
+            ChatTurn(role="assistant", content="", tool_call_id="call_1"),
+        )
+        for tools in (None, weather, ToolUse(tools=(*weather.tools, Tool(name="time"))))
+    ]
+    assert len(set(variants)) == len(variants)
+
+
+def test_how_tools_are_to_be_used_changes_no_prompt() -> None:
+    tools = (Tool(name="weather"),)
+    one, other = ToolUse(tools=tools), ToolUse(tools=tools, choice=ToolChoice.NONE)
+    assert fingerprint_chain(SECRET, said("a"), one) == fingerprint_chain(SECRET, said("a"), other)

@@ -10,9 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_gateway.segment import VOUCHER_STEP, Segment
+from pinaivu_node.protocol.answer import digest_of_answer
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import digest_of, request_id_of
-from pinaivu_node.protocol.inference import Done, Finish, TokenDelta
+from pinaivu_node.protocol.inference import (
+    Done,
+    Finish,
+    TokenDelta,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+)
 from pinaivu_node.protocol.market import Proof, SegmentOutcome
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.signing import Signer
@@ -103,6 +111,37 @@ def test_text_without_tokens_is_not_a_way_to_fill_our_memory() -> None:
     account.take_untrusted(delta(0, 1, "x" * 1024), now=STARTED)
     with pytest.raises(RemoteProtocolError, match="more text"):
         account.take_untrusted(delta(1, 0, "x"), now=STARTED)
+
+
+def test_tool_calls_are_of_the_answer_that_is_hashed_and_signed() -> None:
+    account = segment()
+    pieces = (
+        ToolCallDelta(index=0, id="call_1", name="weather", arguments='{"in"'),
+        ToolCallDelta(index=0, arguments=': "Bern"}'),
+    )
+    for number, piece in enumerate(pieces):
+        said = delta(number, 1, "")
+        account.take_untrusted(said.model_copy(update={"tool_calls": (piece,)}), now=STARTED)
+    call = ToolCall(id="call_1", name="weather", arguments='{"in": "Bern"}')
+    assert account.output_hash == digest_of_answer("", [call])
+    assert account.finish_untrusted(done("", 2, output_hash=account.output_hash)).output == 2
+
+
+def test_calls_without_tokens_are_not_a_way_to_fill_our_memory() -> None:
+    account = segment()
+    said = delta(0, 1, "").model_copy(update={"tool_calls": (ToolCallDelta(index=0),) * 1024})
+    account.take_untrusted(said, now=STARTED)
+    more = delta(1, 0, "").model_copy(update={"tool_calls": (ToolCallDelta(index=0),)})
+    with pytest.raises(RemoteProtocolError, match="more text"):
+        account.take_untrusted(more, now=STARTED)
+
+
+def test_there_is_a_logprob_for_each_token_or_there_is_none() -> None:
+    one = TokenLogprob(chosen=(0, b"a", -0.5))
+    account = segment()
+    account.take_untrusted(delta(0, 2).model_copy(update={"logprobs": (one, one)}), now=STARTED)
+    with pytest.raises(RemoteProtocolError, match="logprob"):
+        account.take_untrusted(delta(2, 2).model_copy(update={"logprobs": (one,)}), now=STARTED)
 
 
 def test_a_voucher_is_due_at_every_step_and_admits_everything_so_far() -> None:

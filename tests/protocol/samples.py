@@ -19,6 +19,26 @@ ADDRESS = "/ip4/127.0.0.1/tcp/4001/p2p/" + PROVIDER.peer_id
 
 SAMPLING = inference.Sampling(max_tokens=5, temperature=0.5, stop=("\n",), logit_bias=((3, -1.5),))
 PROMPT = inference.Prompt(nonce=bytes(16), turns=(inference.ChatTurn(role="user", content="hé"),))
+RICH_SAMPLING = inference.Sampling(
+    max_tokens=5,
+    stop_token_ids=(7,),
+    logprobs=0,
+    constraint=inference.Constraint(kind=inference.ConstraintKind.REGEX, text="a+"),
+)
+CALL = inference.ToolCall(id="call_1", name="weather", arguments='{"in": "Bern"}')
+RICH_PROMPT = inference.Prompt(
+    nonce=bytes(16),
+    turns=(
+        inference.ChatTurn(role="assistant", content="", tool_calls=(CALL,)),
+        inference.ChatTurn(role="tool", content="rain", tool_call_id="call_1"),
+    ),
+    tools=inference.ToolUse(
+        tools=(inference.Tool(name="weather", description="of today", parameters="{}"),),
+        choice=inference.ToolChoice.REQUIRED,
+        named="weather",
+        parallel=False,
+    ),
+)
 TERMS = market.JobTerms(
     request_id=REQUEST,
     kind=market.JobKind.CHAT,
@@ -242,8 +262,8 @@ SAMPLES: tuple[Message, ...] = (
     inference.Dispatch(
         request_id=REQUEST,
         token=SEALED_TOKEN,
-        prompt=PROMPT,
-        sampling=SAMPLING,
+        prompt=RICH_PROMPT,
+        sampling=RICH_SAMPLING,
         resume_token_ids=(1, 2),
         tenant=b"t" * 32,
         fingerprints=(b"f" * 16,),
@@ -253,7 +273,23 @@ SAMPLES: tuple[Message, ...] = (
         request_id=REQUEST, reason=inference.RefuseReason.REPLAYED, explanation="seen before"
     ),
     inference.Tokens(
-        deltas=(inference.TokenDelta(request_id=REQUEST, position=0, token_ids=(5, 6), text="hé"),)
+        deltas=(
+            inference.TokenDelta(request_id=REQUEST, position=0, token_ids=(5, 6), text="hé"),
+            inference.TokenDelta(
+                request_id=REQUEST,
+                position=2,
+                token_ids=(7,),
+                text="",
+                logprobs=(
+                    inference.TokenLogprob(
+                        chosen=(7, b"\xc3", -0.5), top=((7, b"\xc3", -0.5), (8, b"a", -9999.0))
+                    ),
+                ),
+                tool_calls=(
+                    inference.ToolCallDelta(index=0, id="call_1", name="weather", arguments="{"),
+                ),
+            ),
+        )
     ),
     inference.Done(
         request_id=REQUEST, finish=inference.Finish.STOP, proof=PROVIDER.seal(PROOF)

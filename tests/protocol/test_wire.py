@@ -241,6 +241,20 @@ def test_a_hostile_megabyte_costs_little(name: str) -> None:
     assert peak < 100 << 20
 
 
+def test_what_is_not_asked_for_takes_no_bytes() -> None:
+    """Most requests have neither tools nor logprobs, and of token deltas there are very many."""
+    request_id = "req_" + "0" * 32
+    for record, fields in (
+        (inference.Sampling(max_tokens=1), 12),
+        (inference.Prompt(nonce=bytes(16), text="a"), 4),
+        (inference.ChatTurn(role="user", content="a"), 2),
+        (inference.TokenDelta(request_id=request_id, position=0, token_ids=(1,), text="a"), 4),
+    ):
+        assert len(msgpack.unpackb(encode_body(record))) == fields
+        assert type(record).model_validate(msgpack.unpackb(encode_body(record), use_list=False))
+    assert b"logprobs" in encode_body(inference.Sampling(max_tokens=1, logprobs=0))
+
+
 def test_what_no_peer_would_take_is_our_own_error() -> None:
     turn = inference.ChatTurn(role="user", content="x" * 600_000)
     with pytest.raises(LocalProtocolError):

@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
+from pinaivu_node.protocol import inference
 from pinaivu_node.protocol.ids import digest_of
 from pinaivu_node.protocol.inference import ChatTurn, Prompt, Refuse, RefuseReason, Sampling
 from pinaivu_node.protocol.market import DispatchToken, JobKind, Voucher
@@ -164,6 +165,42 @@ def test_a_prompt_longer_than_we_take(facts, answer, forms):
     prompt = Prompt(nonce=bytes(16), **forms)
     dispatch = facts.dispatch(prompt=prompt, kind_of_job=JobKind.COMPLETION)
     refused(answer(dispatch), RefuseReason.OVER_LIMITS)
+
+
+TOOLS = inference.ToolUse(tools=(inference.Tool(name="weather", parameters="x" * 990),))
+
+
+def test_tools_and_calls_are_of_the_prompts_length(facts, answer):
+    hello = inference.ChatTurn(role="user", content="hi")
+    call = inference.ToolCall(id="1", name="weather", arguments="x" * 990)
+    called = inference.ChatTurn(role="assistant", content="", tool_calls=(call,))
+    prompt = Prompt(nonce=bytes(16), turns=(hello,), tools=TOOLS)
+    refused(answer(facts.dispatch(prompt=prompt)), RefuseReason.OVER_LIMITS)
+    assert isinstance(
+        answer(facts.dispatch(prompt=prompt), max_prompt_characters=1003), DispatchToken
+    )
+    refused(
+        answer(facts.dispatch(prompt=Prompt(nonce=bytes(16), turns=(called,)))),
+        RefuseReason.OVER_LIMITS,
+    )
+
+
+def test_a_completion_has_no_tools(facts, answer):
+    prompt = Prompt(nonce=bytes(16), text="abc", tools=TOOLS)
+    dispatch = facts.dispatch(prompt=prompt, kind_of_job=JobKind.COMPLETION)
+    refused(answer(dispatch, max_prompt_characters=2000), RefuseReason.WRONG_INPUT)
+
+
+def test_tools_and_constraint_are_those_of_the_auction(facts, answer):
+    bare = facts.prompt()
+    token = facts.token((bare, Sampling(max_tokens=32)))
+    with_tools = bare.model_copy(update={"tools": TOOLS})
+    dispatch = facts.dispatch(prompt=with_tools, token=token)
+    refused(answer(dispatch, max_prompt_characters=2000), RefuseReason.WRONG_INPUT)
+    constraint = inference.Constraint(kind=inference.ConstraintKind.JSON_OBJECT)
+    constrained = Sampling(max_tokens=32, constraint=constraint)
+    dispatch = facts.dispatch(sampling=constrained, token=token)
+    refused(answer(dispatch), RefuseReason.WRONG_SAMPLING)
 
 
 def test_no_place_and_no_place_to_wait(facts, answer):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from pinaivu_node.engine import types
 from pinaivu_node.engine.types import FinishReason, TokenEvent
-from pinaivu_node.protocol.inference import Finish, Prompt, Sampling
+from pinaivu_node.protocol import inference
+from pinaivu_node.protocol.answer import digest_of_answer
+from pinaivu_node.protocol.inference import Finish, Prompt, Sampling, ToolCallDelta
 from pinaivu_node.protocol.market import SegmentOutcome, Voucher
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.provider.jobs import STOPPED, Job, ending_of, generation_of, over_limits
@@ -79,6 +82,7 @@ def test_a_voucher_for_tokens_to_come_gives_no_credit_for_them(job, facts):
     ("reason", "finish", "outcome"),
     [
         (FinishReason.STOP, Finish.STOP, SegmentOutcome.COMPLETED),
+        (FinishReason.TOOL_CALLS, Finish.TOOL_CALLS, SegmentOutcome.COMPLETED),
         (FinishReason.LENGTH, Finish.LENGTH, SegmentOutcome.COMPLETED),
         (FinishReason.CANCELLED, Finish.CANCELLED, SegmentOutcome.CANCELLED),
         (FinishReason.ERROR, Finish.ERROR, SegmentOutcome.ERROR),
@@ -109,9 +113,68 @@ def test_the_engine_is_asked_for_what_was_dispatched(facts):
 
 
 def test_every_sampling_parameter_reaches_the_engine(facts):
-    request = generation_of(facts.dispatch(), deadline_ms=1)
-    for name in Sampling.model_fields:
-        assert hasattr(request.sampling, name)
+    sampling = Sampling(
+        max_tokens=9, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=0.5,
+        frequency_penalty=-0.5, repetition_penalty=1.5, logit_bias=((5, -100.0),), stop=("a",),
+        seed=7, ignore_eos=True, stop_token_ids=(4, 5), logprobs=20,
+    )  # fmt: skip
+    asked = generation_of(facts.dispatch(sampling=sampling), deadline_ms=1).sampling
+    for name, value in sampling.model_dump().items():
+        got = getattr(asked, name)
+        assert (tuple(got.items()) if name == "logit_bias" else got) == value
+    assert set(sampling.model_dump()) == set(Sampling.model_fields) - {"constraint"}
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        (inference.ConstraintKind, types.ConstraintKind),
+        (inference.ToolChoice, types.ToolChoice),
+        (inference.Finish, types.FinishReason),
+    ],
+)
+def test_network_and_engine_use_the_same_words(said, asked):
+    assert {each.value for each in said} == {each.value for each in asked}
+
+
+def test_constraint_tools_and_calls_reach_the_engine(facts):
+    sampling = Sampling(
+        max_tokens=9,
+        constraint=inference.Constraint(kind=inference.ConstraintKind.JSON_SCHEMA, text="{}"),
+    )
+    call = inference.ToolCall(id="call_1", name="weather", arguments="{}")
+    prompt = Prompt(
+        nonce=bytes(16),
+        turns=(
+            inference.ChatTurn(role="assistant", content="", tool_calls=(call,)),
+            inference.ChatTurn(role="tool", content="rain", tool_call_id="call_1"),
+        ),
+        tools=inference.ToolUse(
+            tools=(inference.Tool(name="weather", description="today's", parameters="{ }"),),
+            choice=inference.ToolChoice.REQUIRED,
+            named="weather",
+            parallel=False,
+        ),
+    )
+    request = generation_of(facts.dispatch(prompt=prompt, sampling=sampling), deadline_ms=1)
+    assert request.constraint == types.Constraint(types.ConstraintKind.JSON_SCHEMA, "{}")
+    assert request.tools == types.ToolUse(
+        (types.Tool("weather", "today's", "{ }"),),
+        types.ToolChoice.REQUIRED,
+        named="weather",
+        parallel=False,
+    )
+    assert request.prompt == (
+        types.ChatMessage("assistant", "", (types.ToolCall("call_1", "weather", "{}"),)),
+        types.ChatMessage("tool", "rain", tool_call_id="call_1"),
+    )
+
+
+def test_a_proof_covers_the_tool_calls(job, proof_of):
+    call = inference.ToolCall(id="call_1", name="weather", arguments='{"a": 1}')
+    job.sent(2, b"ab", [ToolCallDelta(index=0, id="call_1", name="weather", arguments='{"a"')])
+    job.sent(2, b"c", [ToolCallDelta(index=0, arguments=": 1}")])
+    assert proof_of(job).output_hash == digest_of_answer("abc", [call])
 
 
 @pytest.mark.parametrize(("form", "value"), [("text", "abc"), ("token_ids", (1, 2))])

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from pinaivu_node.engine.types import Alternative, TokenEvent, TokenLogprob, ToolCallDelta
+from pinaivu_node.protocol import inference
+from pinaivu_node.protocol.answer import digest_of_answer
 from pinaivu_node.protocol.inference import TO_GATEWAY, Accept, Done, Finish, Tokens
 from pinaivu_node.protocol.wire import decode_untrusted
 from pinaivu_node.provider.jobs import CANCELLED, STOPPED, Job
@@ -26,6 +31,10 @@ def job(facts):
     return made
 
 
+def event(ids, text, **extras):
+    return TokenEvent("r", ids, text, input_tokens=20, **extras)
+
+
 def decoded(outbound):
     return [decode_untrusted(frame, *TO_GATEWAY) for frame in outbound.frames()]
 
@@ -33,9 +42,9 @@ def decoded(outbound):
 def test_all_that_waits_leaves_in_order_and_tokens_in_one_frame(outbound, job):
     one, two = job(), job()
     outbound.answer(Accept(request_id=one.request_id))
-    outbound.add(one, (1, 2), "ab")
-    outbound.add(two, (7,), "x")
-    outbound.add(one, (3,), "c")
+    outbound.add(one, event((1, 2), "ab"))
+    outbound.add(two, event((7,), "x"))
+    outbound.add(one, event((3,), "c"))
     outbound.end(one, STOPPED)
     accept, tokens, done = decoded(outbound)
     assert isinstance(accept, Accept)
@@ -51,7 +60,7 @@ def test_all_that_waits_leaves_in_order_and_tokens_in_one_frame(outbound, job):
 def test_tokens_count_when_their_frame_is_taken(outbound, job):
     one = job()
     outbound.answer(Accept(request_id=one.request_id))
-    outbound.add(one, (1, 2), "ab")
+    outbound.add(one, event((1, 2), "ab"))
     frames = outbound.frames()
     next(frames)
     assert one.output_tokens == 0
@@ -61,10 +70,10 @@ def test_tokens_count_when_their_frame_is_taken(outbound, job):
 
 def test_a_job_that_ends_while_a_round_is_sent_waits_for_its_last_tokens(outbound, job):
     one = job()
-    outbound.add(one, (1,), "a")
+    outbound.add(one, event((1,), "a"))
     frames = outbound.frames()
     next(frames)
-    outbound.add(one, (2,), "b")
+    outbound.add(one, event((2,), "b"))
     outbound.end(one, STOPPED)
     assert list(frames) == []
     tokens, done = decoded(outbound)
@@ -74,7 +83,7 @@ def test_a_job_that_ends_while_a_round_is_sent_waits_for_its_last_tokens(outboun
 
 def test_positions_go_on_after_what_another_provider_delivered(outbound, job):
     one = job(resume=(5, 6, 7))
-    outbound.add(one, (8,), "d")
+    outbound.add(one, event((8,), "d"))
     (tokens,) = decoded(outbound)
     assert tokens.deltas[0].position == 3
     assert one.output_tokens == 1
@@ -82,8 +91,8 @@ def test_positions_go_on_after_what_another_provider_delivered(outbound, job):
 
 def test_dropped_tokens_are_neither_sent_nor_counted(outbound, job):
     one, two = job(), job()
-    outbound.add(one, (1,), "a")
-    outbound.add(two, (1,), "a")
+    outbound.add(one, event((1,), "a"))
+    outbound.add(two, event((1,), "a"))
     outbound.drop_tokens(one)
     outbound.end(one, CANCELLED)
     tokens, _ = decoded(outbound)
@@ -103,7 +112,7 @@ def test_what_was_never_said_is_left_for_others_to_settle(outbound, job):
 def test_a_flood_is_cut_into_frames_that_a_peer_takes(outbound, job):
     jobs = [job() for _ in range(12)]
     for each in jobs:
-        outbound.add(each, tuple(range(5000)), "ü" * 40_000)
+        outbound.add(each, event(tuple(range(5000)), "ü" * 40_000))
     frames = decoded(outbound)
     assert len(frames) > 1
     deltas = [delta for frame in frames for delta in frame.deltas]
@@ -116,8 +125,63 @@ def test_a_flood_is_cut_into_frames_that_a_peer_takes(outbound, job):
 
 def test_text_that_has_no_utf8_is_sent_as_it_is_hashed(outbound, job, text_hash, facts):
     one = job()
-    outbound.add(one, (1,), "a\ud83d")
+    outbound.add(one, event((1,), "a\ud83d"))
     (tokens,) = decoded(outbound)
     assert isinstance(tokens, Tokens)
     proof = one.proof(STOPPED, me=facts.provider.peer_id, now=1.0)
     assert proof.output_hash == text_hash(tokens.deltas[0].text) == text_hash("a?")
+
+
+def likely(token_id, token=b"a", logprob=-0.5):
+    return Alternative(token_id, token, logprob)
+
+
+def test_logprobs_and_tool_calls_travel_beside_the_tokens(outbound, job):
+    one = job()
+    outbound.add(one, event((1,), "a", logprobs=(TokenLogprob(likely(1), (likely(1), likely(2))),)))
+    outbound.add(one, event((2,), "", logprobs=(TokenLogprob(likely(2)),)))
+    outbound.add(one, event((), "", tool_calls=(ToolCallDelta(0, "call_1", "weather", "{"),)))
+    (tokens,) = decoded(outbound)
+    [delta] = tokens.deltas
+    assert delta.token_ids == (1, 2)
+    assert delta.logprobs[0].top == ((1, b"a", -0.5), (2, b"a", -0.5))
+    assert delta.logprobs[1].chosen == (2, b"a", -0.5)
+    assert delta.tool_calls == (
+        inference.ToolCallDelta(index=0, id="call_1", name="weather", arguments="{"),
+    )
+    assert outbound.waiting_bytes == 0
+
+
+def test_what_an_engine_says_is_made_to_fit(outbound, job):
+    """A model that was never told how long a name may be does not end the gateway's trust."""
+    one = job()
+    odd = (likely(1, b"x" * 5000, math.nan), likely(2, b"", -math.inf), likely(3, b"", 1e-9))
+    calls = (ToolCallDelta(0, "i" * 99, "n" * 99, "ü\ud83d" * 70_000), ToolCallDelta(128, "x", "y"))
+    outbound.add(one, event((1,), "", logprobs=(TokenLogprob(odd[0], odd * 9),), tool_calls=calls))
+    deltas = [delta for frame in decoded(outbound) for delta in frame.deltas]
+    [logprob] = deltas[0].logprobs
+    assert logprob.chosen == (1, b"x" * 256, inference.LEAST_LOGPROB)
+    assert [each[2] for each in logprob.top[:3]] == [-9999.0, -9999.0, 0.0]
+    assert len(logprob.top) == 20
+    pieces = [call for delta in deltas for call in delta.tool_calls]
+    assert {call.index for call in pieces} == {0}
+    assert [call.name for call in pieces] == ["n" * 64, *[None] * (len(pieces) - 1)]
+    assert "".join(call.arguments for call in pieces) == "ü?" * 70_000
+
+
+def test_a_flood_of_alternatives_is_cut_into_frames_that_a_peer_takes(outbound, job, facts):
+    one = job()
+    top = tuple(likely(number, b"x" * 256) for number in range(20))
+    for number in range(1000):
+        outbound.add(one, event((number,), "a", logprobs=(TokenLogprob(top[0], top),)))
+    waiting = outbound.waiting_bytes
+    sizes = []
+    deltas = []
+    for frame in outbound.frames():
+        sizes.append(len(frame))
+        deltas += decode_untrusted(frame, *TO_GATEWAY).deltas
+    assert 0.8 * sum(sizes) < waiting < 1.2 * sum(sizes)
+    assert [position for delta in deltas for position in delta.token_ids] == list(range(1000))
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+    proof = one.proof(STOPPED, me=facts.provider.peer_id, now=1.0)
+    assert proof.output_hash == digest_of_answer("a" * 1000)
