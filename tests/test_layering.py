@@ -53,7 +53,9 @@ PURE = {
     "pinaivu_node.provider": [
         "bidding", "dispatch", "jobs", "outbound", "pieces", "seen", "shelf", "warmth",
     ],
-    "pinaivu_node.engine": ["types", "text", "noise", "residency"],
+    "pinaivu_node.engine": [
+        "types", "text", "noise", "residency", "blocks", "sequence", "scheduler", "pace",
+    ],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
         "fingerprints",
@@ -66,6 +68,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "multiaddr": ("pinaivu_node.mesh.libp2p",),
     "torch": ("pinaivu_node.engine", "pinaivu_node.models.convert"),
     "transformers": ("pinaivu_node.engine", "pinaivu_node.models.convert"),
+    "numba": ("pinaivu_node.engine.kernels",),
     "sqlalchemy": ("pinaivu_node.coordinator", "pinaivu_gateway.store", "pinaivu_gateway.schema",
                    "pinaivu_gateway.migrations"),
     "alembic": ("pinaivu_node.coordinator", "pinaivu_gateway.store", "pinaivu_gateway.migrations"),

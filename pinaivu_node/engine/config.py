@@ -23,9 +23,18 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid"):
     """CPU threads of the step loop; None: the physical cores less one for everything else."""
     context_window: int | None = Field(default=None, ge=16)
     """Lowers the model's own window, where its memory would not fit."""
+    max_running: int | None = Field(default=None, ge=1, le=1024)
+    """Answers at once; None: 16 on a CPU, where more only makes each slower, 64 on a GPU."""
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    """Memory for keys and values, prefixes that are kept included; None: a tenth of the machine's
+    on a CPU, what `memory_fraction` leaves beside the weights on a GPU."""
+    memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """Of a GPU's memory, for weights, cache and work space together."""
     prefill_chunk: int = Field(default=512, ge=16, le=65536)
     """Prompt tokens per step.  Between steps the child hears cancels and shows that it is alive:
     512 take about a second of one CPU core on a small model."""
+    stretch: float = Field(default=2.0, ge=1.1, le=100)
+    """How many times longer a step may take for a prompt's sake while others stream."""
     max_queued: int = Field(default=8, ge=0, le=4096)
     """Requests that may wait for a place.  Eight short answers of a small model are some 20 s of
     one CPU core; a client who would wait longer is better served elsewhere."""

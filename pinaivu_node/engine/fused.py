@@ -1,0 +1,232 @@
+"""A transformers model made fast on a CPU: its layers replaced by equal ones with fewer operations.
+
+Eager torch spends some 5 µs on each operation before it computes anything, and a decode step of a
+small model has fifteen hundred.  Here a norm, a gated activation, a rotation and an attention are
+one kernel each, and projections of the same input are one matrix.
+
+Linear layers run through oneDNN with weights packed at load.  Its float32 kernels add in an order
+that does not depend on the number of rows, but for one row of some widths, which `PackedLinear`
+finds out at load and avoids: then no logit depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from pinaivu_node.engine import kernels
+from pinaivu_node.engine.attention import Batch, Look
+
+_OPS: Final[Any] = torch.ops.mkldnn
+"""What torch's own compiler makes of linear layers on a CPU; a test names each operation."""
+_PACK_HINT: Final = 16
+"""Rows that the packed layout is chosen for; a hint of 1 makes more rows half as fast."""
+_PLAIN_ATTENTION: Final = frozenset(
+    f"{family}Attention"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3", "Phi3")
+)
+"""Attention classes whose forward is projections, optional norms of each head, rotation, attention
+and projection: what `FusedAttention` does.  Others keep theirs."""
+_GATED: Final = {"SiLUActivation": "silu_gated", "SiLU": "silu_gated", "GELUTanh": "gelu_gated"}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with weights in oneDNN's own layout."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """Side by side, if there are several: their outputs are concatenated."""
+        super().__init__()
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.out_features, self.in_features = weight.shape
+        self.bias = _side_by_side(layers)
+        self._packed = _OPS._reorder_linear_weight(weight.contiguous(), _PACK_HINT)
+        self._pairs_single_rows = False
+        self._pairs_single_rows = not self._is_invariant(weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[…, in_features] to […, out_features]."""
+        if self._pairs_single_rows and x.numel() == self.in_features:
+            pair = x.expand(*x.shape[:-2], 2, -1).contiguous()
+            return self._product(pair)[..., :1, :]
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _OPS._linear_pointwise(x, self._packed, self.bias, "none", [], None)
+        return product
+
+    def _is_invariant(self, dtype: torch.dtype) -> bool:
+        """Whether one row alone gives what it gives in company."""
+        probe = torch.linspace(-1, 1, 2 * self.in_features).sin().view(1, 2, -1).to(dtype)
+        return torch.equal(self._product(probe[:, :1]), self._product(probe)[:, :1])
+
+
+def _side_by_side(layers: Sequence[nn.Linear]) -> torch.Tensor | None:
+    biases: list[torch.Tensor | None] = [layer.bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
+    return torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)]).detach()
+
+
+class FusedNorm(nn.Module):
+    """RMS norm: x / rms(x) · (offset + weight)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        self.weight = weight.detach().float()
+        self.offset = 1.0 if _has_unit_offset(norm) else 0.0
+        self.epsilon = _epsilon(norm)
+        self._kernel = kernels.of(weight.dtype).rms_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._kernel(
+            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(),
+            x.numel() // width, width, self.epsilon, self.offset,
+        )  # fmt: skip
+        return out
+
+
+class FusedMLP(nn.Module):
+    """down(activation(gate(x)) · up(x))."""
+
+    def __init__(self, gate_and_up: Any, down: Any, *, kernel: Any) -> None:
+        super().__init__()
+        self.gate_and_up = gate_and_up
+        self.down = down
+        self._kernel = kernel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[…, hidden] to the same."""
+        both = self.gate_and_up(x)
+        width = both.shape[-1] // 2
+        gated = both.new_empty(*both.shape[:-1], width)
+        self._kernel(both.data_ptr(), gated.data_ptr(), both.numel() // (2 * width), width)
+        product: torch.Tensor = self.down(gated)
+        return product
+
+
+class FusedAttention(nn.Module):
+    """Projection, norms of the heads, rotation, attention, projection."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.layer_idx = int(attention.layer_idx)
+        self.width = int(attention.head_dim)
+        if hasattr(attention, "qkv_proj"):
+            self.project: nn.Module = PackedLinear([attention.qkv_proj])
+        else:
+            self.project = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = PackedLinear([attention.o_proj])
+        self.query_heads = self.output.in_features // self.width
+        self.heads = (self.project.out_features // self.width - self.query_heads) // 2
+        window = getattr(attention, "sliding_window", None)
+        if attention.__class__.__name__ == "Phi3Attention":
+            window = getattr(attention.config, "sliding_window", None)
+        cap = getattr(attention, "attn_logit_softcapping", None)
+        self.look = Look(float(attention.scaling), window or 0, cap or 0.0)
+        self.turns = bool(getattr(attention, "use_rope", True))
+        self._norms = (_head_norm(attention, "q_norm"), _head_norm(attention, "k_norm"))
+        weight_dtype = attention.o_proj.weight.dtype
+        self._rotate = kernels.of(weight_dtype).rotate
+        self._norm = kernels.of(weight_dtype).head_norm
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *,
+        batch: Batch,
+        **_unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers calls the class that this one replaces."""
+        x = self.project(hidden_states)[0]
+        tokens, stride, width = len(x), x.shape[1], self.width
+        heads = x.view(tokens, -1, width)
+        first_key, first_value = self.query_heads, self.query_heads + self.heads
+        query, key, value = (
+            heads[:, :first_key],
+            heads[:, first_key:first_value],
+            heads[:, first_value:],
+        )
+        for part, norm in zip((query, key), self._norms, strict=True):
+            if norm is not None:
+                weight, epsilon, offset = norm
+                self._norm(
+                    part.data_ptr(), stride, tokens, part.shape[1], width,
+                    weight.data_ptr(), epsilon, offset,
+                )  # fmt: skip
+        if self.turns:
+            cosine, sine = position_embeddings
+            self._rotate(
+                x.data_ptr(), stride, tokens, first_value, width,
+                cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1],
+            )  # fmt: skip
+        attended = batch.cache.attend(
+            self.layer_idx, query, key, value, batch=batch, look=self.look
+        )
+        return self.output(attended[None]), None
+
+
+def fuse(model: nn.Module) -> None:
+    """Replace what can be replaced in place; the model computes the same with fewer operations."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            replacement = _replacement(child)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+    # What was inside the replaced modules is gone; the rest are single linear layers.
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear([child]))
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    kind = type(module).__name__
+    if kind in _PLAIN_ATTENTION:
+        return FusedAttention(module)
+    if kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
+        return FusedNorm(module)
+    if kind.endswith("MLP"):
+        return _fused_mlp(module)
+    return None
+
+
+def _fused_mlp(mlp: Any) -> FusedMLP | None:
+    activation = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    kernel = _GATED.get(type(activation).__name__)
+    if kernel is None or not hasattr(mlp, "down_proj"):
+        return None
+    if hasattr(mlp, "gate_up_proj"):
+        both = PackedLinear([mlp.gate_up_proj])
+    elif hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"):
+        both = PackedLinear([mlp.gate_proj, mlp.up_proj])
+    else:
+        return None
+    dtype = mlp.down_proj.weight.dtype
+    return FusedMLP(both, PackedLinear([mlp.down_proj]), kernel=getattr(kernels.of(dtype), kernel))
+
+
+def _head_norm(attention: Any, name: str) -> tuple[torch.Tensor, float, float] | None:
+    norm = getattr(attention, name, None)
+    if norm is None:
+        return None
+    return norm.weight.detach().float(), _epsilon(norm), 1.0 if _has_unit_offset(norm) else 0.0
+
+
+def _epsilon(norm: Any) -> float:
+    epsilon = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if epsilon is None else epsilon)
+
+
+def _has_unit_offset(norm: nn.Module) -> bool:
+    """Gemma's norms hold the weight's distance from one."""
+    return type(norm).__name__.startswith("Gemma") and "4" not in type(norm).__name__

@@ -1,0 +1,206 @@
+"""A model folder to a model that is ready to run, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pinaivu_node.engine import attention
+from pinaivu_node.engine.blocks import BlockPool
+from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.cpu_cache import CpuKvCache, KvShape
+from pinaivu_node.engine.fused import fuse
+from pinaivu_node.engine.runner import Runner, StepCache
+from pinaivu_node.engine.scheduler import Chunk
+from pinaivu_node.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[float, str], None]
+
+_PROBE_TOKENS: Final = 80
+"""Enough for more than one block, and for the second step to attend to a finished one."""
+_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+"""Of the root mean square difference of logits from transformers' own, relative to their spread.
+bfloat16 keeps eight bits: two right computations of a model differ by up to a quarter of the
+spread, where a wrong one is off by all of it."""
+_CPU_KV_SHARE: Final = 0.1
+"""Of the machine's memory: the rest is for weights, other models, and everything else."""
+_WHOLE_WINDOW_BYTES: Final = 1 << 30
+"""A cache is at least so large or one context window, whichever is smaller."""
+
+
+class LoadError(Exception):
+    """This folder cannot be run here; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights, tokenizer, cache, and what they were found to be."""
+
+    runner: Runner
+    pool: BlockPool
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    vocabulary: int
+    context_window: int
+    eos_ids: frozenset[int]
+
+
+def load(config: EngineConfig, progress: Progress) -> LoadedModel:
+    """The model in this folder, on the device; LoadError if it cannot be."""
+    device = device_of(config.device)
+    if device.type == "cpu":
+        # One core is left for the event loops around: a step loop whose threads wait for a core
+        # that is taken waits at every one of its hundreds of barriers.
+        torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
+    try:
+        progress(0.0, "reading the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        progress(0.2, "reading weights")
+        model = _read(config, device)
+        progress(0.6, "preparing layers")
+        return _prepared(model, tokenizer, config=config, progress=progress)
+    except torch.OutOfMemoryError as exc:
+        raise LoadError(f"{config.model.name} does not fit in the memory of {device}") from exc
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as exc:
+        raise LoadError(f"cannot load {config.model}: {exc}") from exc
+
+
+def _read(config: EngineConfig, device: torch.device) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        local_files_only=True,
+        use_safetensors=True,  # the older format is code
+        dtype=_dtype(config.dtype, device),
+    )
+    return model.to(device).eval()
+
+
+def _prepared(
+    model: Any, tokenizer: Any, *, config: EngineConfig, progress: Progress
+) -> LoadedModel:
+    text_config = model.config.get_text_config()
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    expected = _probe_by_transformers(model, vocabulary)
+    attention.register()
+    fuse(model)
+    model.set_attn_implementation(attention.NAME)
+    window = min(
+        int(getattr(text_config, "max_position_embeddings", 2**20)),
+        config.context_window or 2**31,
+    )
+    shape = _kv_shape(text_config, model.dtype)
+    pages = _pages(config, shape, window=window)
+    window = min(window, pages * CpuKvCache.page)
+    cache: StepCache = CpuKvCache(shape, pages=pages, window=window)
+    pool = BlockPool(pages, size=cache.page)
+    runner = Runner(model, cache)
+    progress(0.9, "checking the layers against the model's own")
+    _check_probe(runner, pool, expected, model.dtype)
+    return LoadedModel(
+        runner=runner,
+        pool=pool,
+        tokenizer=tokenizer,
+        device=model.device,
+        dtype=model.dtype,
+        vocabulary=vocabulary,
+        context_window=window,
+        eos_ids=_eos_ids(model, tokenizer),
+    )
+
+
+# --- the check ------------------------------------------------------------------------------------
+
+
+def _probe(vocabulary: int) -> list[int]:
+    return [(7919 * (place + 1)) % vocabulary for place in range(_PROBE_TOKENS)]
+
+
+@torch.inference_mode()
+def _probe_by_transformers(model: Any, vocabulary: int) -> torch.Tensor:
+    tokens = torch.tensor([_probe(vocabulary)], device=model.device)
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+    return logits[0].float()
+
+
+def _check_probe(
+    runner: Runner, pool: BlockPool, expected: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Compute the probe our way, in two chunks and a decode step; LoadError if it differs.
+
+    So an architecture that does something which our attention or our layers do not know (sinks,
+    biases by distance, a norm of its own) is refused instead of talking nonsense.
+    """
+    tokens = _probe(expected.shape[-1])
+    sequence = Sequence(tokens)
+    sequence.blocks = pool.take(-(-len(tokens) // pool.size)) or []
+    for start, end in ((0, 48), (48, len(tokens) - 1), (len(tokens) - 1, len(tokens))):
+        logits = runner.compute([Chunk(sequence, start, end - start)])
+    pool.release(sequence.blocks, now=0.0)
+    error = float((logits - expected).square().mean().sqrt() / expected.std())
+    logger.info("logits differ from transformers' own by %.1e of their spread", error)
+    if not error <= _TOLERANCE[dtype]:
+        raise LoadError(
+            f"this engine does not compute this architecture rightly (its logits are off by "
+            f"{error:.0%}): serve it with another server and --engine openai"
+        )
+
+
+# --- what the folder says -------------------------------------------------------------------------
+
+
+def _kv_shape(text_config: Any, dtype: torch.dtype) -> KvShape:
+    heads = int(text_config.num_attention_heads)
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return KvShape(
+        layers=int(text_config.num_hidden_layers),
+        heads=int(getattr(text_config, "num_key_value_heads", None) or heads),
+        head_dim=int(width),
+        dtype=dtype,
+    )
+
+
+def _pages(config: EngineConfig, shape: KvShape, *, window: int) -> int:
+    page = shape.page_bytes(CpuKvCache.page)
+    if config.kv_cache_gb is not None:
+        size = int(config.kv_cache_gb * 2**30)
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        size = int(_CPU_KV_SHARE * memory)
+    least = min(_WHOLE_WINDOW_BYTES, -(-window // CpuKvCache.page) * page)
+    return max(size, least) // page
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; LoadError if it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise LoadError(f"no CUDA device here, {name} was asked for: use --device cpu")
+        index = torch.device(name).index or 0
+        if index >= torch.cuda.device_count():
+            raise LoadError(f"{name} does not exist: {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer; folders name one, several, or only the tokenizer's."""
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
