@@ -83,6 +83,8 @@ class Berth:
         """Why the last load failed, while no other try is made."""
         self.pause_s = 0.0
         """Before the next try, if the last one failed."""
+        self.first_token_ms = 0
+        """What the loaded and idle engine expects a first token to take."""
         self._load_s = model.load_s
         self._known = _unknown(model.context_window)
         """What the engine said last, for when it is gone."""
@@ -114,7 +116,10 @@ class Berth:
     def statistics(self) -> EngineStatistics:
         """What its engine says now or, when it has none, said last; counters only grow."""
         if self.life is not None and self.life.engine is not None:
-            self._known = _continued(self.life.engine.statistics(), self._earlier)
+            said = self.life.engine.statistics()
+            if not said.running and not said.queued:
+                self.first_token_ms = said.ttft_estimate_ms
+            self._known = _continued(said, self._earlier)
         return self._known
 
     def remaining_s(self, *, now: float) -> float:
@@ -139,6 +144,7 @@ class Berth:
         self._load_s = now - self.life.began
         self.last_used = now
         self.pause_s = 0.0
+        self.statistics()
 
     def failed(self, reason: str, *, first_pause_s: float) -> None:
         """The model could not be loaded."""

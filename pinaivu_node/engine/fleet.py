@@ -126,7 +126,7 @@ class FleetEngine:
             ready=self._is_for_sale(),
             running=0,
             queued=berth.waiting,
-            ttft_estimate_ms=standing.delay_ms + known.ttft_estimate_ms,
+            ttft_estimate_ms=standing.delay_ms + berth.first_token_ms,
             load_progress=standing.progress,
             kv_blocks_free=known.kv_blocks,
             prefix_horizon_s=0.0,

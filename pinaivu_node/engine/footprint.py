@@ -13,14 +13,13 @@ from typing import Any, Final
 from pinaivu_node.engine.config import EngineConfig
 
 _MIB: Final = 2**20
+_GIB: Final = 2**30
 _PROCESS: Final = 600 * _MIB
 """An engine process before it has weights: the interpreter, torch, transformers, a tokenizer."""
 _WORK: Final = 256 * _MIB
 """Activations and logits of a step."""
 _HEADER_MOST: Final = 100 * _MIB
 """What the format itself allows a header."""
-_CONTEXT_RESERVED: Final = 8192
-"""Tokens of context for which room is kept beyond the weights."""
 _START_S: Final = 4.0
 """Until an engine process has imported what it needs and has warmed up."""
 _BYTES_PER_SECOND: Final = 300 * _MIB
@@ -77,18 +76,20 @@ def footprint_of(config: EngineConfig) -> Footprint:
 
 
 def kv_bytes(config: EngineConfig) -> int:
-    """Bytes of the keys and values of one full context."""
+    """Bytes of the engine's cache of keys and values: what it was given, or one context at least.
+
+    An engine that was given nothing takes what it finds, so of several each should be.
+    """
     said = _read_config(config.model)
     layers = _number(said, "num_hidden_layers")
     heads = _number(said, "num_key_value_heads") or _number(said, "num_attention_heads")
     width = _number(said, "head_dim") or (
         _number(said, "hidden_size") // max(1, _number(said, "num_attention_heads"))
     )
-    window = min(
-        config.context_window or _number(said, "max_position_embeddings") or _CONTEXT_RESERVED,
-        _CONTEXT_RESERVED,
-    )
-    return round(2 * layers * heads * width * window * _width(config))
+    window = config.context_window or _number(said, "max_position_embeddings")
+    context = round(2 * layers * heads * width * window * _width(config))
+    given = round((config.kv_cache_gb or 0) * _GIB)
+    return max(given, min(context, _GIB))
 
 
 def resident_bytes(pid: int) -> int | None:

@@ -182,6 +182,20 @@ async def test_while_it_is_loaded_the_wait_that_is_said_shrinks(
         assert three.progress == (pytest.approx(0.75) if tells_progress else 0.0)
 
 
+async def test_what_was_running_when_a_model_left_does_not_count_when_it_comes_back(
+    autojump_clock, disk
+):
+    async with fleet_of(disk, budget=10) as (_, engines), trio.open_nursery() as nursery:
+        await settle(engines)
+        for number in range(4):  # as many as run at once: another one would wait
+            nursery.start_soon(lambda n: answer(engines["a"], name=f"r{n}"), number)
+        await trio.sleep(0.3)
+        busy = engines["a"].statistics().ttft_estimate_ms
+        await trio.sleep(10)
+        await answer(engines["b"])
+        assert engines["a"].statistics().ttft_estimate_ms < 4000 + min(busy, 200)
+
+
 async def test_a_model_at_work_is_not_sent_away(autojump_clock, disk):
     async with fleet_of(disk, budget=10) as (_, engines):
         await settle(engines)
