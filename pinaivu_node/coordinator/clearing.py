@@ -13,7 +13,7 @@ from functools import partial
 
 import trio
 
-from pinaivu_node.coordinator.auction import decide, open_bid_set_untrusted
+from pinaivu_node.coordinator.auction import decide, open_bid_set_untrusted, wait_share
 from pinaivu_node.coordinator.floor import Floor
 from pinaivu_node.coordinator.job import Contract, Job
 from pinaivu_node.coordinator.ledger import settle_entry
@@ -192,7 +192,12 @@ class Clearing:
         reports = job.delivery.message.segments
         awards = ((report, job.contract.award_of(report.provider)) for report in reports)
         return {
-            subject: self._floor.reputation.after(subject, report, now=now)
+            subject: self._floor.reputation.after(
+                subject,
+                report,
+                now=now,
+                wait_share=wait_share(job.contract.terms, warm_tokens=award.warm_tokens),
+            )
             for report, award in awards
             if award is not None and is_measured(report, proven=report.provider in job.proofs)
             for subject in [Subject(award.provider, award.model_digest)]

@@ -29,6 +29,7 @@ MOST_SAMPLES: Final = 32
 """Beyond it the average forgets one job per job: about the last 30 jobs count."""
 FEWEST_TOKENS: Final = 8
 """A speed taken over fewer tokens is the noise of one network frame."""
+ALL_OF_IT: Final = PartsPerMillion(MILLION)
 _SLOWEST_TTFT: Final = 10 * 60 * 1000
 _NEVER: Final = UnixMilliseconds(0)
 
@@ -86,12 +87,23 @@ class Track:
             max(self.updated_at, now),
         )
 
-    def after(self, report: SegmentReport, *, now: UnixMilliseconds) -> Track:
-        """What is known once a gateway has reported this segment."""
+    def after(
+        self,
+        report: SegmentReport,
+        *,
+        now: UnixMilliseconds,
+        wait_share: PartsPerMillion = ALL_OF_IT,
+    ) -> Track:
+        """What is known once a gateway has reported this segment.
+
+        `wait_share` is what the provider's claim to have some of the prompt warm left of the wait;
+        what is kept is the wait for a cold prompt.
+        """
         aged = self.aged(now)
         ttft, speed, reliability = aged.ttft_ms, aged.millitokens_per_second, aged.reliability_ppm
         if report.ttft_ms is not None:
-            ttft = ttft.with_sample(min(report.ttft_ms, _SLOWEST_TTFT))
+            cold = report.ttft_ms * MILLION // wait_share
+            ttft = ttft.with_sample(min(cold, _SLOWEST_TTFT))
         measured = _speed(report)
         if measured is not None:
             speed = speed.with_sample(measured)
@@ -137,9 +149,17 @@ class Reputation:
         self._policy = policy
         self._tracks = dict(known)
 
-    def after(self, subject: Subject, report: SegmentReport, *, now: UnixMilliseconds) -> Track:
+    def after(
+        self,
+        subject: Subject,
+        report: SegmentReport,
+        *,
+        now: UnixMilliseconds,
+        wait_share: PartsPerMillion = ALL_OF_IT,
+    ) -> Track:
         """What would be known after this report; nothing changes until it is `learn`ed."""
-        return self._tracks.get(subject, Track()).after(report, now=now)
+        track = self._tracks.get(subject, Track())
+        return track.after(report, wait_share=wait_share, now=now)
 
     def learn(self, subject: Subject, track: Track) -> None:
         """Believe it from now on; it has been stored."""

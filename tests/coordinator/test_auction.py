@@ -12,6 +12,7 @@ from pinaivu_node.coordinator.auction import (
     ceiling_of,
     decide,
     open_bid_set_untrusted,
+    wait_share,
 )
 from pinaivu_node.coordinator.config import DEFAULT_POLICY
 from pinaivu_node.coordinator.job import hold_for
@@ -100,7 +101,14 @@ def test_a_warm_prefix_saves_money_and_time():
     warm = make_answer(0, warm_tokens=1_000_000)
     award = decide(make_record(), [warm]).awards[0]
     assert award.expected_cost == cost(TokenUsage(input=0, cached_input=100, output=50), PRICES)
-    assert award.expected_time_ms == 1000  # 50 tokens at 50 a second, and nothing to wait for
+    assert award.expected_time_ms == 1012  # 50 tokens at 50 a second, and an eighth of the wait
+    assert award.warm_tokens == 100  # as many as the prompt is expected to have
+
+
+def test_half_a_warm_prompt_saves_half_of_what_can_be_saved():
+    award = decide(make_record(), [make_answer(0, warm_tokens=50)]).awards[0]
+    assert award.expected_time_ms == 1056
+    assert wait_share(make_record().terms, warm_tokens=0) == MILLION
 
 
 def test_with_one_bidder_the_ceiling_is_the_reserve():

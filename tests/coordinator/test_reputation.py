@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from market_town import DIGEST, START, make_report, signer_of
+from market_town import DIGEST, START, make_report, make_terms, signer_of
 
+from pinaivu_node.coordinator.auction import wait_share
 from pinaivu_node.coordinator.config import DEFAULT_POLICY
 from pinaivu_node.coordinator.reputation import (
     HALF_LIFE_MS,
@@ -62,6 +63,31 @@ def test_one_job_moves_it_by_its_share_beside_the_prior():
     assert once.millitokens_per_second == (4 * 20_000 + 100_000) // 5
     assert once.reliability_ppm == (4 * 900_000 + MILLION) // 5
     assert once.samples == 1
+
+
+def test_who_says_warm_what_is_cold_is_taken_for_slower():
+    """Until the auction foretells of such a bid the wait that it really brings, and no less."""
+    terms = make_terms()
+    share = wait_share(terms, warm_tokens=terms.input_estimate)
+    cold = make_report(PEER, ttft_ms=300)
+    honest, liar = Reputation(DEFAULT_POLICY), Reputation(DEFAULT_POLICY)
+    for _ in range(100):
+        honest.learn(SUBJECT, honest.after(SUBJECT, cold, now=START))
+        liar.learn(SUBJECT, liar.after(SUBJECT, cold, now=START, wait_share=share))
+    believed = liar.measurement(SUBJECT, now=START).ttft_ms
+    assert honest.measurement(SUBJECT, now=START).ttft_ms == pytest.approx(300, rel=0.05)
+    assert believed * share // MILLION == pytest.approx(300, rel=0.15)
+
+
+def test_a_warm_prompts_wait_does_not_pass_for_a_cold_ones():
+    terms = make_terms()
+    share = wait_share(terms, warm_tokens=terms.input_estimate // 2)
+    quick = make_report(PEER, ttft_ms=300 * share // MILLION)
+    reputation = Reputation(DEFAULT_POLICY)
+    for _ in range(100):
+        track = reputation.after(SUBJECT, quick, now=START, wait_share=share)
+        reputation.learn(SUBJECT, track)
+    assert reputation.measurement(SUBJECT, now=START).ttft_ms == pytest.approx(300, rel=0.05)
 
 
 def test_many_jobs_outweigh_the_prior_and_at_most_the_last_thirty_count():
