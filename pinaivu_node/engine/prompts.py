@@ -1,120 +1,229 @@
 """Prompts to token ids: the model's own chat template, and no way for a user to forge its marks.
 
 A template writes the turns of a chat as text with special tokens between them (`<|im_end|>`).  A
-user who types such a mark must not end her turn and begin the system's.  So before rendering, each
-mark in a message is replaced by a word nobody can guess; after rendering, the text is split at
-these words, and in their places the mark is tokenised as the ordinary characters that it is.  A
-prompt without forged marks is tokenised in one piece, exactly as the model's authors do it.
+user who types such a mark must not end her turn and begin the system's; nor may a tool's
+description, a call's arguments or what a tool gave back.  So before rendering, each mark in a
+client's text is replaced by a word nobody can guess; after rendering, the text is split at these
+words, and in their places the mark is tokenised as the ordinary characters that it is.  A prompt
+without forged marks is tokenised in one piece, exactly as the model's authors do it.
+
+Marks that are words to the tokenizer too (`</tools>`) cannot be told from typed ones; where tools
+are in play, a typed one gets a backslash, which JSON reads as nothing and a template as no mark.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Final
 
-import jinja2
+from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn, shared
+from pinaivu_node.engine.conversation import Conversation, alternating
+from pinaivu_node.engine.dialects import dialect_of
+from pinaivu_node.engine.types import ChatMessage, PromptRefused, ToolUse
 
-from pinaivu_node.engine.types import ChatMessage, PromptRefused
+_THINKING: Final = frozenset({"<think>", "</think>"})
+"""Templates look for these in earlier answers, to leave the thoughts out."""
+_TAGS_IN_WORDS: Final = frozenset({"</tools>", "</tool_call>", "</tool_response>"})
+_NOTHING: Final = re.compile("(?!)")
+_CLOSING_TAG: Final = re.compile(r"</([A-Za-z_]+)>")
+_MAX_BOUNDARIES: Final = 64
+"""Messages of a chat, from the end, whose boundaries are sought: each costs a rendering."""
 
-_SYSTEM_ROLES = ("system", "developer")
+Prompt = tuple[ChatMessage, ...] | str | tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Disarmed:
+    """The marks that were taken out of one request, and the words in their places."""
+
+    word: str
+    marks: re.Pattern[str]
+    tags: re.Pattern[str]
+    forged: list[str] = field(default_factory=list)
+
+    def plain(self, text: str) -> str:
+        return self.marks.sub(self._replaced, self.tags.sub(_with_backslash, text))
+
+    def _replaced(self, found: re.Match[str]) -> str:
+        self.forged.append(found[0])
+        return f"{self.word}x{len(self.forged) - 1}x"
+
+    def pieces(self, rendered: str) -> list[str]:
+        """Text, number of a forged mark, text and so on."""
+        return re.split(f"{self.word}x([0-9]+)x", rendered) if self.forged else [rendered]
 
 
 class PromptEncoder:
-    """Token ids of a prompt, for one tokenizer."""
+    """Token ids of a prompt, for one tokenizer.  Not for two threads at once."""
 
-    def __init__(self, tokenizer: Any, *, random_word: Callable[[], str]) -> None:
-        """`random_word` draws letters and digits that no client can guess."""
+    def __init__(
+        self, tokenizer: Any, *, random_word: Callable[[], str], max_tokens: int | None = None
+    ) -> None:
+        """`random_word` draws letters and digits that no client can guess.
+
+        With `max_tokens`, a text that cannot be so few tokens is refused before it is tokenised,
+        which for the largest texts takes seconds.
+        """
         self._tokenizer = tokenizer
         self._random_word = random_word
-        added = tokenizer.added_tokens_decoder.values()
-        marks = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._max_characters = (
+            None if max_tokens is None else max_tokens * max(map(len, tokenizer.get_vocab()))
+        )
+        self._template = ChatTemplate(tokenizer)
+        self.dialect: Final = dialect_of(tokenizer)
+        # Tokens that are not called special are marks as well if the template writes them.
+        marks = {
+            token.content: number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or _is_written(token.content, self._template.source)
+        }
+        self._marks = _any_of(marks)
+        self._mark_ids = frozenset(marks.values())
+        tags = {f"</{tag}>" for tag in _CLOSING_TAG.findall(self._template.source)}
+        self._tags = _any_of((tags | _TAGS_IN_WORDS) - _THINKING - marks.keys())
+        self._newline = self._plain_ids("\n")
+        # SentencePiece puts a space before any text; before a piece of one there must be none.
+        self._adds_space = self._plain_ids("\na")[len(self._newline) :] != self._plain_ids("a")
+        self._folds_system = not self._shows_system()
 
-    def encode(self, prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> list[int]:
+    def encode(self, prompt: Prompt, tools: ToolUse | None = None) -> list[int]:
         """The ids to run; PromptRefused if this model cannot take this prompt.
 
         A raw text is the client's from its first character to its last, marks included, as with
         every completions API; only a chat has parts that are not the client's to write.
         """
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        elif prompt and isinstance(prompt[0], ChatMessage):
-            ids = self._chat(list(prompt))
+            self._check_length(prompt)
+            ids = list(self._tokenizer(prompt)["input_ids"])
+        elif messages := [part for part in prompt if isinstance(part, ChatMessage)]:
+            chat, disarmed = self._chat(messages, tools)
+            ids, _ = self._tokenised(self._render(chat), disarmed)
         else:
             ids = [int(part) for part in prompt if not isinstance(part, ChatMessage)]
         if not ids:
             raise PromptRefused("The prompt is empty.")
-        return list(ids)
-
-    def _chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise PromptRefused(
-                "This model has no chat template; it continues text. Use /v1/completions."
-            )
-        word = self._random_word()
-        forged: list[str] = []
-
-        def disarm(found: re.Match[str]) -> str:
-            forged.append(found.group())
-            return f"{word}x{len(forged) - 1}x"
-
-        def plain(text: str) -> str:
-            return text if self._marks is None else self._marks.sub(disarm, text)
-
-        turns = [(message.role, plain(message.content)) for message in messages]
-        return self._tokenised(self._rendered(system_first(turns)), word=word, forged=forged)
-
-    def _rendered(self, turns: list[tuple[str, str]]) -> str:
-        try:
-            return self._render(turns)
-        except jinja2.TemplateError:
-            pass
-        try:  # Some templates know no system role, or insist that user and assistant alternate.
-            return self._render(alternating(turns))
-        except jinja2.TemplateError as exc:
-            raise PromptRefused(f"The model's chat template refuses these messages: {exc}") from exc
-
-    def _render(self, turns: list[tuple[str, str]]) -> str:
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return str(rendered)
-
-    def _tokenised(self, rendered: str, *, word: str, forged: list[str]) -> list[int]:
-        # re.split with a group alternates: text, number of the forged mark, text, …
-        pieces = re.split(f"{word}x([0-9]+)x", rendered) if forged else [rendered]
-        ids: list[int] = []
-        for place, piece in enumerate(pieces):
-            is_mark = place % 2 == 1
-            if piece:
-                ids += self._tokenizer(
-                    forged[int(piece)] if is_mark else piece,
-                    add_special_tokens=False,
-                    split_special_tokens=is_mark,
-                )["input_ids"]
         return ids
 
+    def encode_with_boundaries(
+        self, prompt: tuple[ChatMessage, ...], tools: ToolUse | None = None
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The ids, and for each message how many of them the chat up to and with it settles.
 
-def system_first(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The turns with all instructions (system, developer) merged into one turn at the start.
+        Another chat with the same tools that begins with the same messages begins with these ids,
+        whatever follows.  0 stands for messages too far from the end to be worth a rendering.
+        """
+        chat, disarmed = self._chat(prompt, tools)
+        rendered = self._render(chat)
+        ids, ends = self._tokenised(rendered, disarmed)
+        boundaries = [0] * len(prompt)
+        for count in range(max(1, len(prompt) + 1 - _MAX_BOUNDARIES), len(prompt) + 1):
+            try:
+                begun = self._render(chat, count)
+            except PromptRefused:  # a chat that ends here is none, for this template
+                continue
+            boundaries[count - 1] = bisect_right(ends, shared(rendered, begun))
+        return ids, tuple(accumulate(boundaries, max))
 
-    Templates take one system turn and only there; some drop the others without a word.
-    """
-    system = [content for role, content in turns if role in _SYSTEM_ROLES]
-    rest = [turn for turn in turns if turn[0] not in _SYSTEM_ROLES]
-    return [("system", "\n\n".join(system)), *rest] if system else rest
+    def _chat(
+        self, messages: Sequence[ChatMessage], use: ToolUse | None
+    ) -> tuple[Conversation, _Disarmed]:
+        tools = use.tools if use else ()
+        in_play = tools or any(turn.role == "tool" or turn.tool_calls for turn in messages)
+        disarmed = _Disarmed(self._random_word(), self._marks, self._tags if in_play else _NOTHING)
+        chat = Conversation(messages, tools, dialect=self.dialect, plain=disarmed.plain)
+        return chat, disarmed
+
+    def _shows_system(self) -> bool:
+        """Whether the template has a place for instructions; some drop them without a word."""
+        turns: list[Turn] = [
+            {"role": "system", "content": "Answer in rhymes."},
+            {"role": "user", "content": "Hello"},
+        ]
+        try:
+            return bool(self._template) and "Answer in rhymes." in self._template.render(turns)
+        except TEMPLATE_FAULTS:
+            return False
+
+    def _render(self, chat: Conversation, count: int | None = None) -> str:
+        """The chat, or its first so many messages without what calls for an answer."""
+        turns = chat.turns(count)
+        ways = [alternating(turns)] if self._folds_system else [turns, alternating(turns)]
+        for way in ways:  # some templates insist that user and assistant alternate
+            try:
+                rendered = self._template.render(way, tools=chat.tools, generation=count is None)
+            except TEMPLATE_FAULTS as exc:
+                fault = exc
+            else:
+                self._check_length(rendered)
+                return rendered
+        raise PromptRefused(f"The model's chat template refuses these messages: {fault}") from fault
+
+    def _check_length(self, text: str) -> None:
+        if self._max_characters is not None and len(text) > self._max_characters:
+            raise PromptRefused(
+                f"The prompt has {len(text)} characters: more than the context window can hold."
+            )
+
+    def _tokenised(self, rendered: str, disarmed: _Disarmed) -> tuple[list[int], list[int]]:
+        """The ids, and where in the text each of them ends."""
+        ids: list[int] = []
+        ends: list[int] = []
+        at = 0
+        for place, piece in enumerate(disarmed.pieces(rendered)):
+            if place % 2 == 1:  # a forged mark
+                forged = self._as_text(disarmed.forged[int(piece)])
+                at += len(f"{disarmed.word}x{piece}x")
+                ids += forged
+                ends += [at] * len(forged)
+            elif piece:
+                found, found_ends = self._ids_and_ends(piece, first=place == 0)
+                ids += found
+                ends += [at + end for end in found_ends]
+                at += len(piece)
+        return ids, list(accumulate(ends, max))
+
+    def _ids_and_ends(
+        self, text: str, *, first: bool, split: bool = False
+    ) -> tuple[list[int], list[int]]:
+        before = "\n" if self._adds_space and not first else ""
+        found = self._tokenizer(
+            before + text,
+            add_special_tokens=False,
+            split_special_tokens=split,
+            return_offsets_mapping=True,
+        )
+        ids: list[int] = found["input_ids"]
+        ends = [end - len(before) for _, end in found["offset_mapping"]]
+        if before and ids[: len(self._newline)] == self._newline:
+            return ids[len(self._newline) :], ends[len(self._newline) :]
+        return (ids, ends) if not before else self._ids_and_ends(text, first=True, split=split)
+
+    def _as_text(self, mark: str) -> list[int]:
+        """The mark as the characters that it is."""
+        ids, _ = self._ids_and_ends(mark, first=False, split=True)
+        if self._mark_ids.isdisjoint(ids):
+            return ids
+        ids = [number for letter in mark for number in self._plain_ids(letter)]
+        if self._mark_ids.isdisjoint(ids):
+            return ids
+        raise PromptRefused(f"This model cannot read {mark!r} as text.")
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def alternating(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The same conversation for a strict template: instructions folded into the first user turn,
-    neighbouring turns of one role joined.
-    """
-    as_user = [("user" if role == "system" else role, content) for role, content in turns]
-    return [
-        (role, "\n\n".join(content for _, content in group))
-        for role, group in groupby(as_user, key=lambda turn: turn[0])
-    ]
+def _is_written(token: str, template: str) -> bool:
+    return bool(token.strip()) and token not in _THINKING and token in template
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else _NOTHING
+
+
+def _with_backslash(tag: re.Match[str]) -> str:
+    return tag[0].replace("/", "\\/")

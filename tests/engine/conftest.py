@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE, *, special=SPECIAL, words=()):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -23,9 +23,10 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_tokens(list(words))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1]
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1]
     )
     fast.chat_template = chat_template
     return fast

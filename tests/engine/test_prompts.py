@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.prompts import PromptEncoder, alternating, system_first
+from pinaivu_node.engine.conversation import alternating, system_first
+from pinaivu_node.engine.prompts import PromptEncoder
 from pinaivu_node.engine.types import ChatMessage, PromptRefused
 
 from .conftest import SPECIAL, make_tokenizer
@@ -58,7 +59,16 @@ def test_token_ids_are_taken_as_they_are_and_nothing_is_no_prompt():
 
 def test_a_model_without_a_template_does_not_chat():
     with pytest.raises(PromptRefused, match="no chat template"):
-        encode(("user", "hi"), tokenizer=make_tokenizer(chat_template=None))
+        encode(("user", "hi"), tokenizer=make_tokenizer(None, special=["<s>", "</s>"]))
+
+
+def test_a_model_whose_marks_are_chatmls_chats_without_a_template():
+    bare = make_tokenizer(None)
+    ids = encode(("system", "Be brief."), ("user", "Hi"), tokenizer=bare)
+    assert bare.decode(ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
 
 
 STRICT = (
@@ -80,11 +90,14 @@ def test_a_template_that_refuses_anyway_is_quoted():
         encode(("assistant", "a"), tokenizer=make_tokenizer(STRICT))
 
 
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
 def test_instructions_are_merged_and_come_first():
-    turns = [("user", "q"), ("developer", "one"), ("system", "two")]
-    assert system_first(turns) == [("system", "one\n\ntwo"), ("user", "q")]
-    assert system_first([("user", "q")]) == [("user", "q")]
-    assert alternating([("user", "a"), ("user", "b"), ("assistant", "c")]) == [
-        ("user", "a\n\nb"),
-        ("assistant", "c"),
-    ]
+    chat = turns(("user", "q"), ("developer", "one"), ("system", "two"))
+    assert system_first(chat) == turns(("system", "one\n\ntwo"), ("user", "q"))
+    assert system_first(turns(("user", "q"))) == turns(("user", "q"))
+    assert alternating(turns(("user", "a"), ("user", "b"), ("assistant", "c"))) == turns(
+        ("user", "a\n\nb"), ("assistant", "c")
+    )

@@ -1,0 +1,166 @@
+"""Grammars of tool calls, in llguidance's dialect of Lark.
+
+The arguments of each call are of its tool's own schema, which stays a document of its own within
+the grammar, so that its references hold.  What is between is written exactly as the model's family
+writes it: fewer choices, fewer steps astray.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pinaivu_node.engine.types import Constraint, ConstraintKind, Tool, ToolChoice, ToolUse
+
+_GUIDANCE: Final = {
+    # What a grammar cannot say ("not", an unknown format) is left to the model.
+    "lenient": True,
+    # A small model may write spaces for ever; sixteen indent eight levels.
+    "whitespace_pattern": r"[ \n\t]{0,16}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The fixed parts: opener, first; head, name, middle, arguments, tail of each call; last.
+
+    Several calls are `between` apart, where `between` holds an opener again if each has its own.
+    """
+
+    opener: str
+    head: str
+    middle: str
+    tail: str
+    between: str
+    first: str = ""
+    last: str = ""
+    quoted: bool = True
+    """Whether the name is a JSON string."""
+
+
+@dataclass(frozen=True, slots=True)
+class PythonForm:
+    """`[f(a=1), g()]`, with the values as JSON has them."""
+
+    opener: str = ""
+    last: str = ""
+
+
+def grammar(
+    form: Form | PythonForm, use: ToolUse, *, special: Mapping[str, int]
+) -> Constraint | None:
+    """What an answer with these tools is; None if it may be anything.
+
+    With AUTO it is text in which every opener is followed by a call.  Where calls have no opener
+    of their own, any text might still become one, and nothing is enforced.
+    """
+    if use.choice is ToolChoice.AUTO and not form.opener:
+        return None
+    tools = [tool for tool in use.tools if use.named in (None, tool.name)]
+    lark = _Lark(special)
+    if isinstance(form, PythonForm):
+        calls = lark.python_calls(form, tools, parallel=use.parallel)
+    else:
+        calls = lark.calls(form, tools, parallel=use.parallel)
+    if use.choice is ToolChoice.AUTO:
+        lark.text_with(form.opener, calls, many=use.parallel)
+    else:
+        lark.rule("start", lark.fixed(form.opener), calls)
+    return Constraint(ConstraintKind.LARK, "\n".join(lark.rules) + "\n")
+
+
+class _Lark:
+    """Rules in the making."""
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self.rules = ["%llguidance {}"]
+        self._special = special
+        marks = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._marks = re.compile(f"({marks or '(?!)'})")
+
+    def rule(self, name: str, *parts: str) -> str:
+        self.rules.append(f"{name}: " + (" ".join(part for part in parts if part) or '""'))
+        return name
+
+    def fixed(self, text: str) -> str:
+        """Exactly this, special tokens as the tokens that they are."""
+        pieces = (piece for piece in self._marks.split(text) if piece)
+        return " ".join(
+            f"<[{self._special[piece]}]>" if piece in self._special else _quoted(piece)
+            for piece in pieces
+        )
+
+    def text_with(self, opener: str, calls: str, *, many: bool) -> None:
+        """Any text, in it calls after openers."""
+        self.rules.append(r"TEXT: /(.|\n)*/")
+        if opener in self._special:
+            self.rule("found", f"TEXT {self.fixed(opener)} {calls}")
+        else:
+            self.rules.append(f"open[lazy]: TEXT {_quoted(opener)}")
+            self.rule("found", f"open {calls}")
+        self.rule("start", f"found{'*' if many else '?'} TEXT")
+
+    def calls(self, form: Form, tools: list[Tool], *, parallel: bool) -> str:
+        """Everything after the opener: one call or, if they may be parallel, more."""
+        for number, tool in enumerate(tools):
+            name = json.dumps(tool.name) if form.quoted else tool.name
+            self.rule(f"tool_{number}", self.fixed(name + form.middle), _json(tool))
+        any_tool = "(" + " | ".join(f"tool_{number}" for number in range(len(tools))) + ")"
+        call = self.rule("call", self.fixed(form.head), any_tool, self.fixed(form.tail))
+        more = f"({self.fixed(form.between)} {call})*" if parallel else ""
+        return self.rule("calls", self.fixed(form.first), call, more, self.fixed(form.last))
+
+    def python_calls(self, form: PythonForm, tools: list[Tool], *, parallel: bool) -> str:
+        for number, tool in enumerate(tools):
+            arguments = self._keywords(f"tool_{number}", tool)
+            self.rule(f"tool_{number}", _quoted(tool.name + "("), arguments, _quoted(")"))
+        any_tool = "(" + " | ".join(f"tool_{number}" for number in range(len(tools))) + ")"
+        call = self.rule("call", any_tool)
+        more = f'(", " {call})*' if parallel else ""
+        return self.rule("calls", '"["', call, more, '"]"', self.fixed(form.last))
+
+    def _keywords(self, tool_rule: str, tool: Tool) -> str:
+        """`a=…, b=…`: the required ones, then any of the others, in the schema's order."""
+        schema = json.loads(tool.parameters)
+        properties = schema.get("properties")
+        if not isinstance(properties, dict):
+            return ""
+        required = schema.get("required")
+        needed = [name for name in properties if isinstance(required, list) and name in required]
+        others = [name for name in properties if name not in needed]
+        # Rules from the last keyword to the first: `first` before any was written, `more` after.
+        names = [name for name in needed + others if name.isidentifier()]
+        first, more = '""', '""'
+        for number, name in reversed(list(enumerate(names))):
+            here = f"{tool_rule}_{number}"
+            value = self.rule(here, _quoted(name + "="), _property(schema, properties[name]))
+            written_first, written_more = f"{value} {more}", f'", " {value} {more}'
+            if name in needed:
+                first = self.rule(f"{here}_first", written_first)
+                more = self.rule(f"{here}_more", written_more)
+            else:
+                first = self.rule(f"{here}_first", f"{written_first} | {first}")
+                more = self.rule(f"{here}_more", f"{written_more} | {more}")
+        return first
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _json(tool: Tool) -> str:
+    schema = {"type": "object"} | json.loads(tool.parameters)
+    return _embedded(schema)
+
+
+def _property(schema: Mapping[str, Any], value: object) -> str:
+    """One property's schema, with the definitions of the whole."""
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return _embedded((value if isinstance(value, dict) else {}) | definitions)
+
+
+def _embedded(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _GUIDANCE}, ensure_ascii=False)
