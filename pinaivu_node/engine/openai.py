@@ -1,18 +1,18 @@
 """Any OpenAI-compatible server as an engine: vLLM, SGLang, Ollama, llama.cpp and their kin.
 
-Such a server gives text and, at the end, counts; it gives no token ids.  So the ids here are
-positions in the answer, 0, 1, 2, …: their number is right, their values mean nothing.  They are
-given out one per chunk, or as many as the server's running count says where it sends one; the last
-event brings those that the final count still lacks.  For the same reason an answer of such a server
-cannot be resumed elsewhere, nor one from elsewhere here.  `input_tokens` is 0 until the server has
-told it: with a running count from the first chunk on, else only in the last event.
+What is posted is decided in `openai_request.py`, and what comes back is read by `openai_answer.py`,
+which also says what the token ids here are: positions, for such a server tells none.  For the same
+reason an answer of such a server cannot be resumed elsewhere, nor one from elsewhere here.
+`input_tokens` is 0 until the server has told it: with a running count from the first chunk on, else
+only in the last event.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Final, cast
 
 import httpx
@@ -20,15 +20,17 @@ import trio
 
 from pinaivu_node.engine.config import OpenAIEngineConfig
 from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
+from pinaivu_node.engine.openai_answer import ServerAnswer
+from pinaivu_node.engine.openai_embeddings import embedding_bodies, read_embeddings
+from pinaivu_node.engine.openai_request import request_body
 from pinaivu_node.engine.types import (
-    ChatMessage,
+    EmbeddingRequest,
+    Embeddings,
     EngineBusy,
     EngineDead,
     EngineStatistics,
-    FinishReason,
     GenerationRequest,
     PromptRefused,
-    SamplingParams,
     TokenEvent,
 )
 
@@ -39,13 +41,8 @@ _IDLE_PROBE_S: Final = 5.0
 _MAX_LINE_BYTES: Final = 2**20
 """A chunk carries a few tokens; a megabyte without a line's end is no event stream."""
 _MAX_ERROR_BYTES: Final = 65536
-_SEED_MASK: Final = 2**31 - 1
-"""Servers differ in the width of a seed; this much all of them take."""
-_FINISH: Final = {
-    "stop": FinishReason.STOP,
-    "length": FinishReason.LENGTH,
-    "content_filter": FinishReason.STOP,
-}
+_MAX_EMBEDDED_BYTES: Final = 8 * 2**20
+"""32 vectors of 8,192 components, at 25 characters each, are 6.6 MB."""
 
 
 class OpenAIEngine:
@@ -57,6 +54,8 @@ class OpenAIEngine:
         self._gauge = SpeedGauge()
         self._running = 0
         self._ready = False
+        self._input_tokens = 0
+        self._cached_tokens = 0
 
     async def wait_ready(self) -> None:
         """Wait until the server lists the model; EngineDead if it does not in good time."""
@@ -75,19 +74,32 @@ class OpenAIEngine:
         self, request: GenerationRequest
     ) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         """See `Engine.generate`; leaving the context closes the connection, which cancels."""
-        if request.resume_token_ids:
-            raise PromptRefused("This engine cannot continue an answer begun elsewhere.")
-        if self._running >= self._config.capacity:
-            raise EngineBusy(f"{self._running} requests are running")
         path, body = request_body(request, model=self._config.model)
-        timing = Timing(asked=trio.current_time())
-        self._running += 1
-        try:
-            async with self._posted(path, body) as response, aclosing(_data(response)) as data:
-                yield _Answer(request.id, data, timing=timing, gauge=self._gauge)
-        finally:
-            self._gauge.finished(timing, running=self._running)
-            self._running -= 1
+        answers = request.sampling.n
+        timing = Timing(asked=trio.current_time(), answers=answers)
+        answer = ServerAnswer(request)
+        with self._places(answers):
+            try:
+                async with self._posted(path, body) as response, aclosing(_data(response)) as data:
+                    yield _Answer(data, answer, timing=timing, gauge=self._gauge)
+            finally:
+                self._gauge.finished(timing, running=self._running)
+                self._input_tokens += answer.input_tokens
+                self._cached_tokens += answer.cached_tokens
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """See `Engine.embed`; the inputs are posted in portions that every server takes."""
+        vectors: list[tuple[float, ...]] = []
+        input_tokens = 0
+        with self._places(1):
+            for path, body in embedding_bodies(request, model=self._config.model):
+                async with self._posted(path, body) as response:
+                    said = await _body(response, limit=_MAX_EMBEDDED_BYTES)
+                portion = read_embeddings(said, count=len(body["input"]))
+                vectors += portion.vectors
+                input_tokens += portion.input_tokens
+        self._input_tokens += input_tokens
+        return Embeddings(tuple(vectors), input_tokens)
 
     async def watch(self) -> None:
         """Keep `statistics().ready` true to the server, until cancelled."""
@@ -111,7 +123,24 @@ class OpenAIEngine:
             generated_tokens=self._gauge.generated_tokens,
             device="server",
             dtype="server",
+            load_progress=1.0 if self._ready else 0.0,
+            input_tokens=self._input_tokens,
+            cached_tokens=self._cached_tokens,
         )
+
+    @contextmanager
+    def _places(self, count: int) -> Iterator[None]:
+        """Room for so many answers at once."""
+        capacity = self._config.capacity
+        if not 1 <= count <= capacity:
+            raise PromptRefused(f"This engine gives 1 to {capacity} answers to a prompt.")
+        if self._running + count > capacity:
+            raise EngineBusy(f"{self._running} of {capacity} answers are being written")
+        self._running += count
+        try:
+            yield
+        finally:
+            self._running -= count
 
     async def _probe(self) -> str:
         """Why the server cannot serve the model now; empty if it can."""
@@ -133,7 +162,8 @@ class OpenAIEngine:
         try:
             async with self._client.stream("POST", path, json=body) as response:
                 if not response.is_success:
-                    raise _refusal(response.status_code, await _error_text(response))
+                    said = await _body(response, limit=_MAX_ERROR_BYTES)
+                    raise _refusal(path, response.status_code, _error_text(said))
                 yield response
         except httpx.HTTPError as exc:
             self._ready = False
@@ -144,70 +174,40 @@ class _Answer:
     """The events of one streamed answer: an async iterator."""
 
     def __init__(
-        self, request_id: str, data: AsyncIterator[bytes], *, timing: Timing, gauge: SpeedGauge
+        self,
+        data: AsyncIterator[bytes],
+        answer: ServerAnswer,
+        *,
+        timing: Timing,
+        gauge: SpeedGauge,
     ) -> None:
-        self._request_id = request_id
         self._data = data
+        self._answer = answer
         self._timing = timing
         self._gauge = gauge
-        self._given = 0
-        self._input_tokens = 0
-        self._counted: int | None = None
-        """Tokens of the answer by the server's own count, once it told one."""
-        self._finish: FinishReason | None = None
-        self._over = False
+        self._waiting: deque[TokenEvent] = deque()
+        """What one chunk said beyond its first event."""
 
     def __aiter__(self) -> _Answer:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        if self._over:
-            raise StopAsyncIteration
+        while not self._waiting:
+            if self._answer.is_over:
+                raise StopAsyncIteration
+            self._waiting += await self._read()
+        event = self._waiting.popleft()
+        self._gauge.tokens(self._timing, len(event.token_ids), now=trio.current_time())
+        return event
+
+    async def _read(self) -> list[TokenEvent]:
         try:
             async for data in self._data:
-                event = self._event_of(data)
-                if event is not None:
-                    return event
+                if events := self._answer.read(data):
+                    return events
         except httpx.HTTPError as exc:
             raise EngineDead(f"the connection to the server broke: {exc!r}") from exc
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as exc:
-            raise EngineDead(f"the server's stream is unreadable: {exc!r}") from exc
-        if self._finish is None:
-            raise EngineDead("the server broke off its answer")
-        self._over = True
-        return self._event("", finish=self._finish)
-
-    def _event_of(self, data: bytes) -> TokenEvent | None:
-        """What one chunk means; None if it says nothing new."""
-        chunk = json.loads(data)
-        if "error" in chunk:
-            self._over = True
-            return self._event("", finish=FinishReason.ERROR, error=str(chunk["error"])[:500])
-        if usage := chunk.get("usage"):
-            self._input_tokens = int(usage["prompt_tokens"])
-            self._counted = int(usage["completion_tokens"])
-        text = ""
-        for choice in chunk.get("choices", ())[:1]:
-            text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
-            if reason := choice.get("finish_reason"):
-                self._finish = _FINISH.get(reason, FinishReason.STOP)
-        return self._event(text) if text else None
-
-    def _event(
-        self, text: str, *, finish: FinishReason | None = None, error: str | None = None
-    ) -> TokenEvent:
-        due = self._given + bool(text) if self._counted is None else self._counted
-        token_ids = tuple(range(self._given, due))
-        self._given = max(self._given, due)
-        self._gauge.tokens(self._timing, len(token_ids), now=trio.current_time())
-        return TokenEvent(
-            request_id=self._request_id,
-            token_ids=token_ids,
-            text=text,
-            input_tokens=self._input_tokens,
-            finish_reason=finish,
-            error=error,
-        )
+        return self._answer.end()
 
 
 def _bytes(response: httpx.Response) -> AsyncGenerator[bytes, None]:
@@ -231,70 +231,36 @@ async def _data(response: httpx.Response) -> AsyncGenerator[bytes, None]:
                 raise ValueError("a line without end")
 
 
-def request_body(request: GenerationRequest, *, model: str) -> tuple[str, dict[str, Any]]:
-    """Where to post a request, and what."""
-    body = {
-        "model": model,
-        "stream": True,
-        # Servers that do not know the second option ignore it; those that do count as they go.
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        **_sampling(request.sampling),
-    }
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return "completions", body | {"prompt": prompt}
-    if prompt and isinstance(prompt[0], ChatMessage):
-        messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        return "chat/completions", body | {"messages": messages}
-    return "completions", body | {"prompt": list(prompt)}
-
-
-def _sampling(sampling: SamplingParams) -> dict[str, Any]:
-    """OpenAI's own fields always; other servers' extensions only where they would do something."""
-    if sampling.logprobs is not None:
-        raise PromptRefused("This engine does not report logprobs.")
-    fields: dict[str, Any] = {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed & _SEED_MASK,
-    }
-    optional: dict[str, Any] = {
-        "stop": list(sampling.stop),
-        "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()},
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "ignore_eos": sampling.ignore_eos,
-    }
-    if sampling.repetition_penalty != 1.0:
-        optional["repetition_penalty"] = sampling.repetition_penalty
-    return fields | {name: value for name, value in optional.items() if value}
-
-
-async def _error_text(response: httpx.Response) -> str:
-    """What the server says went wrong, as far as it is worth reading."""
-    raw = b""
+async def _body(response: httpx.Response, *, limit: int) -> bytes:
+    """What the server answers, up to the first piece beyond the limit."""
+    raw = bytearray()
     async with aclosing(_bytes(response)) as pieces:
         async for piece in pieces:
             raw += piece
-            if len(raw) > _MAX_ERROR_BYTES:
+            if len(raw) > limit:
                 break
+    return bytes(raw)
+
+
+def _error_text(raw: bytes) -> str:
+    """What the server says went wrong, as far as it is worth reading."""
     try:
         answer = json.loads(raw)
         error = answer.get("error", answer)
         return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return raw[:500].decode(errors="replace")
 
 
 _BUSY: Final = (429, 503)
 _REFUSED: Final = (400, 413, 422)
+_NOT_THERE: Final = (404, 405, 501)
 
 
-def _refusal(status: int, text: str) -> EngineBusy | PromptRefused | EngineDead:
+def _refusal(path: str, status: int, text: str) -> EngineBusy | PromptRefused | EngineDead:
     """A status of the server as an engine says it."""
+    if path == "embeddings" and status in _NOT_THERE:
+        return PromptRefused(f"this engine makes no embeddings: {text}")
     if status in _BUSY:
         return EngineBusy(f"the server is busy: {text}")
     if status in _REFUSED:

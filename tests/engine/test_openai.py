@@ -19,6 +19,7 @@ from pinaivu_node.engine.openai import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import (
     ChatMessage,
+    EmbeddingRequest,
     EngineBusy,
     EngineDead,
     FinishReason,
@@ -49,6 +50,7 @@ class Server:
             Route("/v1/models", self.models),
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/embeddings", self.embed, methods=["POST"]),
         ]
         self.app = Starlette(routes=routes)
 
@@ -62,6 +64,17 @@ class Server:
             return JSONResponse({"error": {"message": "the reason"}}, status_code=self.status)
         return StreamingResponse(self.stream(body), media_type="text/event-stream")
 
+    async def embed(self, request):
+        body = json.loads(await request.body())
+        self.bodies.append(body)
+        if self.status != 200:
+            return JSONResponse({"error": {"message": "the reason"}}, status_code=self.status)
+        rows = [
+            {"index": index, "embedding": [3.0, float(len(text))]}
+            for index, text in enumerate(body["input"])
+        ]
+        return JSONResponse({"data": rows[::-1], "usage": {"prompt_tokens": len(rows)}})
+
     async def stream(self, body):
         chat = "messages" in body
         prompt = (
@@ -69,7 +82,13 @@ class Server:
             if chat
             else body["prompt"]
         )
-        sampling = SamplingParams(max_tokens=body["max_tokens"], seed=body["seed"])
+        sampling = SamplingParams(
+            max_tokens=body["max_tokens"], seed=body["seed"], n=body.get("n", 1)
+        )
+        if sampling.n > 1:
+            async for chunk in self.stream_several(GenerationRequest("x", prompt, sampling)):
+                yield chunk
+            return
         counted, held = 0, ""
         try:
             async with self.engine.generate(GenerationRequest("x", prompt, sampling)) as events:
@@ -94,6 +113,19 @@ class Server:
         except trio.Cancelled:
             self.cancelled.set()
             raise
+
+    async def stream_several(self, wanted):
+        """Several answers to a chat, a token in a chunk; the last token only in the count."""
+        async with self.engine.generate(wanted) as events:
+            async for event in events:
+                said = {"index": event.index, "delta": {"content": event.text}}
+                if event.finish_reason:
+                    said = {"index": event.index, "delta": {}, "finish_reason": "length"}
+                yield line({"choices": [said]})
+        counts = {"prompt_tokens": 9, "completion_tokens": 7 * wanted.sampling.n}
+        details = {"prompt_tokens_details": {"cached_tokens": 4}}
+        yield line({"choices": [], "usage": counts | details})
+        yield b"data: [DONE]\n\n"
 
 
 def line(chunk) -> bytes:
@@ -197,8 +229,8 @@ async def test_its_own_bound_and_what_it_cannot_do():
     async with serving(capacity=1) as (engine, _):
         with pytest.raises(PromptRefused, match="begun elsewhere"):
             await answer(engine, request(resume=(1,)))
-        with pytest.raises(PromptRefused, match="logprobs"):
-            await answer(engine, request(logprobs=1))
+        with pytest.raises(PromptRefused, match="1 to 1 answers"):
+            await answer(engine, request(n=2))
         async with engine.generate(request(max_tokens=90)):
             with pytest.raises(EngineBusy):
                 await answer(engine, request())
@@ -217,3 +249,33 @@ async def test_a_server_that_is_not_there_or_lacks_the_model_is_reported():
         async with serving(model="small", ready_timeout_s=0.2):
             pass
     assert caught.group_contains(EngineDead, match="serves big, not small")
+
+
+async def test_several_answers_come_side_by_side_and_each_has_its_end():
+    async with serving() as (engine, server):
+        events = await answer(engine, request(n=3))
+        for index in range(3):
+            own = [event for event in events if event.index == index]
+            assert [t for event in own for t in event.token_ids] == list(range(7))
+            assert [event.finish_reason for event in own] == [None] * 6 + [FinishReason.LENGTH]
+        assert len({"".join(e.text for e in events if e.index == i) for i in range(3)}) == 3
+        statistics = engine.statistics()
+        assert (statistics.generated_tokens, statistics.running) == (21, 0)
+        assert (statistics.input_tokens, statistics.cached_tokens) == (9, 4)
+        assert server.bodies[0]["n"] == 3
+
+
+async def test_vectors_come_in_the_order_of_the_inputs_and_have_unit_length():
+    async with serving() as (engine, server):
+        inputs = tuple("x" * length for length in range(40))
+        embeddings = await engine.embed(EmbeddingRequest("e", inputs))
+        assert embeddings.input_tokens == 40
+        assert embeddings.vectors[4] == (0.6, 0.8)
+        assert [len(body["input"]) for body in server.bodies] == [32, 8]
+        for wrong in ((), ("text", (1, 2))):
+            with pytest.raises(PromptRefused):
+                await engine.embed(EmbeddingRequest("e", wrong))
+        server.status = 404
+        with pytest.raises(PromptRefused, match="no embeddings: the reason"):
+            await engine.embed(EmbeddingRequest("e", ("x",)))
+        assert engine.statistics().running == 0
