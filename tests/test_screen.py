@@ -7,6 +7,7 @@ import pytest
 import trio
 from rich.console import Console
 
+from pinaivu_node.engine.residency import Residence, Standing
 from pinaivu_node.protocol.inference import Finish, RefuseReason
 from pinaivu_node.protocol.market import PassReason
 from pinaivu_node.provider.statistics import (
@@ -84,6 +85,28 @@ def test_the_screen_shows_what_an_operator_asks(width):
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_wider_than_the_terminal(width):
     assert max(map(len, drawn(width).splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_models_that_are_not_in_memory_say_where_they_are(width):
+    away = {"ready": True, "running": 0, "capacity": 4}
+    in_use = "no memory for it while gemma3:270m, smollm2:135m is in use"
+    models = (
+        model("a:1b", **away, standing=Standing(Residence.WARM)),
+        model("b:1b", **away, standing=Standing(Residence.LOADING, progress=0.404)),
+        model("c:1b", **away, standing=Standing(Residence.COLD, delay_ms=5200)),
+        model("d:1b", **away, standing=Standing(Residence.COLD, has_room=False, reason=in_use)),
+        model("e:1b", **away, standing=Standing(Residence.FAILED, reason="a [red]fault" * 20)),
+        model("f:1b", ready=False, running=0, capacity=1, load_progress=0.25),
+    )
+    text = drawn(width, models=models)
+    assert "0 of 4 busy" in text
+    assert "b:1b  loading 40%" in text
+    assert "c:1b  cold · loaded when asked, 5 s" in text
+    assert "d:1b  cold · no memory for it while gemma3:270m" in text
+    assert "e:1b  failed: a [red]fault" in text
+    assert "f:1b  loading 25%" in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_a_lost_coordinator_shows():

@@ -105,6 +105,17 @@ def test_a_warm_prefix_saves_money_and_time():
     assert award.warm_tokens == 100  # as many as the prompt is expected to have
 
 
+def test_what_a_bidder_has_to_do_first_counts_as_its_time():
+    answers = [make_answer(0, delay_ms=4_000), make_answer(1)]
+    cold, warm = (SIGNERS[n].peer_id for n in range(2))
+    result = decide(make_record(preference=Preference.LATENCY), answers)
+    assert [award.provider for award in result.awards] == [warm, cold]
+    first, second = result.awards
+    assert second.expected_time_ms == first.expected_time_ms + 4_000
+    patient = decide(make_record(preference=Preference.LATENCY), answers[:1])
+    assert patient.awards[0].provider == cold, "one who can be waited for is better than nobody"
+
+
 def test_half_a_warm_prompt_saves_half_of_what_can_be_saved():
     award = decide(make_record(), [make_answer(0, warm_tokens=50)]).awards[0]
     assert award.expected_time_ms == 1056

@@ -442,11 +442,15 @@ class World:
             yield CoordinatorActor(mesh, self.facts, self.clock)
 
     @asynccontextmanager
-    async def provide(self, *, engine=None, **settings):
+    async def provide(self, *, engine=None, on_demand=None, **settings):
         """A running provider; leaving the block stops it."""
         peer = self.facts.coordinator.peer_id
         served = ServedModel(
-            engine=engine or self.engine, model=MODEL, digest=WEIGHTS, prices=PRICES
+            engine=engine or self.engine,
+            model=MODEL,
+            digest=WEIGHTS,
+            prices=PRICES,
+            on_demand=on_demand,
         )
         async with (
             self.network.join(seed_of("provider")) as mesh,
