@@ -23,6 +23,7 @@ from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.memory import MemoryNetwork
 from pinaivu_node.mesh.mesh import Mesh
 from pinaivu_node.protocol.ids import (
+    Digest,
     ModelName,
     PeerId,
     RequestId,
@@ -43,6 +44,7 @@ from pinaivu_node.verification import Check, Evidence, Expectation, Verdict, ver
 EPOCH = 1_800_000_000_000
 MODEL = ModelName("smollm2:135m")
 CREDIT = 10**12
+WEIGHTS = digest_of(b"weights")
 
 
 def seed_of(name: str) -> bytes:
@@ -95,12 +97,17 @@ class Town:
         return await self._nursery.start(self._coordinate, CoordinatorConfig(**config))
 
     async def provider(
-        self, name: str, *, output_price: int = 200_000_000, engine: Engine | None = None
+        self,
+        name: str,
+        *,
+        output_price: int = 200_000_000,
+        engine: Engine | None = None,
+        digest: Digest = WEIGHTS,
     ) -> Provider:
         served = ServedModel(
             engine=engine or SyntheticEngine(tokens_per_second=50, ttft_ms=40, capacity=4),
             model=MODEL,
-            digest=digest_of(b"weights"),
+            digest=digest,
             prices=PriceList(input=50_000_000, cached_input=10_000_000, output=output_price),
         )
         return await self._nursery.start(self._provide, name, served)
