@@ -194,10 +194,9 @@ def in_tags(closer: str) -> Reader:
     """`{…}` or a list of them, up to the closing mark."""
 
     def read(sink: Sink) -> Read[None]:
-        letter = yield from _solid()
-        while letter != closer[0]:
+        yield from _one_or_list(sink, (yield from _solid()))
+        while (letter := (yield from _solid())) != closer[0]:
             yield from _one_or_list(sink, letter)
-            letter = yield from _solid()
         yield from _literal(closer[1:])
 
     return read
@@ -322,6 +321,17 @@ def pythonic(sink: Sink) -> Read[None]:
         sink.begin(name)
         sink.arguments(json.dumps(arguments, ensure_ascii=False))
         sink.end()
+
+
+def pythonic_before(closer: str) -> Reader:
+    """The same, up to the closing mark."""
+
+    def read(sink: Sink) -> Read[None]:
+        yield from pythonic(sink)
+        _need((yield from _solid()) == closer[0])
+        yield from _literal(closer[1:])
+
+    return read
 
 
 def _python_calls(text: str) -> list[tuple[str, Mapping[str, Any]]]:

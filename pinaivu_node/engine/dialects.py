@@ -163,7 +163,7 @@ BARE: Final = Syntax(
 )
 LIQUID: Final = Syntax(
     "liquid",
-    (Opener("<|tool_call_start|>[", call_syntax.pythonic),),
+    (Opener("<|tool_call_start|>[", call_syntax.pythonic_before("<|tool_call_end|>")),),
     PythonForm("<|tool_call_start|>", last="<|tool_call_end|>"),
     marks=("<|tool_call_start|>", "<|tool_call_end|>"),
 )

@@ -115,6 +115,7 @@ class ToolCallParser:
         """
         self._openers = {opener.text: opener for opener in openers}
         self._hidden = frozenset(hidden)
+        self._hidden_marks = _pattern(hidden)
         self._marks = _pattern([o.text for o in openers if not o.at_start] + list(hidden))
         self._first = _pattern([o.text for o in openers if o.at_start])
         self._beginnings = frozenset(
@@ -148,8 +149,8 @@ class ToolCallParser:
         """
         held, self._held = self._held, ""
         in_vain = self._body is not None and self._calls.whole and "{" not in held
-        if held and not in_vain and not (self._calls.count and held.isspace()):
-            self._show(held)
+        if not in_vain and not (self._calls.count and held.isspace()):
+            self._show(self._hidden_marks.sub("", held))
         self._body = None
         return self._parsed()
 
@@ -184,8 +185,7 @@ class ToolCallParser:
         return held[mark.end() :]
 
     def _show_what_is_surely_text(self) -> None:
-        end = self._held[-self._longest :] if self._longest else ""
-        length = next((n for n in range(len(end), 0, -1) if end[-n:] in self._beginnings), 0)
+        length = self._beginning_at_the_end(self._held)
         cut = len(self._held[: len(self._held) - length].rstrip())
         self._show(self._held[:cut])
         self._held = self._held[cut:]
@@ -202,14 +202,23 @@ class ToolCallParser:
                 self._body, self._held, self._begun = None, "", True
                 return text[at + 1 :]
             except Malformed:
-                # The character may itself open a call; what is before it is no call.
-                given_back, self._body, self._held = self._held[:-1], None, ""
-                self._show(given_back)
-                self._begun = True
-                return text[at:]
+                return self._given_up() + text[at + 1 :]
             if self._calls.told:
                 self._held, self._begun = "", True
         return ""
+
+    def _given_up(self) -> str:
+        """Show what was held as the text that it is; returns its end that may yet open a call."""
+        held, self._held, self._body = self._held, "", None
+        cut = len(held) - self._beginning_at_the_end(held[1:])
+        self._show(self._hidden_marks.sub("", held[:cut]))
+        self._begun = True
+        return held[cut:]
+
+    def _beginning_at_the_end(self, text: str) -> int:
+        """How many characters at the end of the text a mark may begin with."""
+        end = text[-self._longest :] if self._longest else ""
+        return next((n for n in range(len(end), 0, -1) if end[-n:] in self._beginnings), 0)
 
     def _bounded(self) -> None:
         if len(self._held) > _MAX_HELD:

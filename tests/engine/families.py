@@ -10,11 +10,11 @@ from .conftest import CHAT_TEMPLATE, make_tokenizer
 @dataclass(frozen=True)
 class Family:
     dialect: str
-    native: bool
     template: str | None
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
     words: tuple[str, ...] = ()
     """Added tokens that are not special."""
+    native: bool = True
 
     def tokenizer(self):
         return make_tokenizer(self.template, special=self.special, words=self.words)
@@ -27,7 +27,8 @@ QWEN = """
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
     {{- "# Tools\\n\\n<tools>" }}
     {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
-    {{- "\\n</tools>\\n\\n<tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <object>}\\n</tool_call>" }}
+    {{- "\\n</tools>\\n\\n<tool_call>\\n" }}
+    {{- "{\\"name\\": <name>, \\"arguments\\": <object>}\\n</tool_call>" }}
     {{- "<|im_end|>\\n" }}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -279,7 +280,9 @@ LIQUID = PYTHONIC.replace("{{- '[' }}", "{{- '<|tool_call_start|>[' }}").replace
 # Gemma: neither tools nor a system, and strict turns.
 GEMMA = """
 {{- bos_token }}
-{%- if messages[0].role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
+{%- if messages[0].role == 'system' %}
+    {{- raise_exception('System role not supported') }}
+{%- endif %}
 {%- for message in messages %}
     {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('Conversation roles must alternate user/assistant') }}
@@ -308,25 +311,26 @@ _PHI_MARKS = (
     "<|system|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>", "<|tool_call|>",
     "<|/tool_call|>", "<|tool_response|>",
 )  # fmt: skip
+_GEMMA_MARKS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 _CHATML = ("<|im_start|>", "<|im_end|>")
 
 FAMILIES = {
     "qwen": Family(
-        "hermes", True, QWEN, words=("<tool_call>", "</tool_call>", "<think>", "</think>")
+        "hermes", QWEN, words=("<tool_call>", "</tool_call>", "<think>", "</think>")
     ),
-    "hermes": Family("hermes", True, HERMES),
-    "llama": Family("llama", True, LLAMA, _LLAMA_MARKS),
-    "mistral": Family("mistral", True, MISTRAL, _MISTRAL_MARKS),
-    "mistral-list": Family("mistral-list", True, MISTRAL_LIST, _MISTRAL_MARKS),
-    "phi": Family("phi", True, PHI, _PHI_MARKS),
-    "deepseek": Family("deepseek", True, DEEPSEEK, DEEPSEEK_MARKS),
-    "deepseek-fenced": Family("deepseek-fenced", True, DEEPSEEK_FENCED, DEEPSEEK_MARKS),
-    "pythonic": Family("pythonic", True, PYTHONIC),
+    "hermes": Family("hermes", HERMES),
+    "llama": Family("llama", LLAMA, _LLAMA_MARKS),
+    "mistral": Family("mistral", MISTRAL, _MISTRAL_MARKS),
+    "mistral-list": Family("mistral-list", MISTRAL_LIST, _MISTRAL_MARKS),
+    "phi": Family("phi", PHI, _PHI_MARKS),
+    "deepseek": Family("deepseek", DEEPSEEK, DEEPSEEK_MARKS),
+    "deepseek-fenced": Family("deepseek-fenced", DEEPSEEK_FENCED, DEEPSEEK_MARKS),
+    "pythonic": Family("pythonic", PYTHONIC),
     "liquid": Family(
-        "liquid", True, LIQUID, (*_CHATML, "<|tool_call_start|>", "<|tool_call_end|>")
+        "liquid", LIQUID, (*_CHATML, "<|tool_call_start|>", "<|tool_call_end|>")
     ),
-    "smollm2": Family("hermes", False, CHAT_TEMPLATE),
-    "gemma": Family("hermes", False, GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
-    "careless": Family("hermes", False, CARELESS),
-    "chatml-marks-only": Family("hermes", False, None),
+    "smollm2": Family("hermes", CHAT_TEMPLATE, native=False),
+    "gemma": Family("hermes", GEMMA, _GEMMA_MARKS, native=False),
+    "careless": Family("hermes", CARELESS, native=False),
+    "chatml-marks-only": Family("hermes", None, native=False),
 }  # fmt: skip
