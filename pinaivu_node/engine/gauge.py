@@ -18,6 +18,10 @@ _ENOUGH_TOKENS: Final = 4
 """An answer of fewer tokens says nothing about speed."""
 _USUAL_TOKENS: Final = 128
 """Length of an answer, until one has ended: what chats are answered with, more or less."""
+_SLOWEST: Final = 1e-3
+"""Tokens per second below which a speed is no measurement."""
+_LONGEST_S: Final = 3600.0
+"""Nobody waits longer for a first token; what is worse need not be told apart."""
 _MAX_SIZES: Final = 1024
 """Batch sizes told apart; more sequences than any engine steps at once."""
 
@@ -109,7 +113,7 @@ class SpeedGauge:
 
     def preset(self, *, tokens_per_second: float, ttft_ms: float) -> None:
         """Begin with what a warm-up measured; what clients got counts more from then on."""
-        if tokens_per_second > 0:
+        if tokens_per_second > _SLOWEST:
             self._steps.observe(1, 1 / tokens_per_second)
         self._ttft_s = ttft_ms / 1000
 
@@ -119,7 +123,7 @@ class SpeedGauge:
 
     def batch(self, running: int, tokens_per_second: float) -> None:
         """So many sequences run, and all together get so many tokens per second."""
-        if running > 0 and tokens_per_second > 0:
+        if running > 0 and tokens_per_second > _SLOWEST:
             self._steps.observe(running, running / tokens_per_second)
 
     def tokens(self, timing: Timing, count: int, *, now: float) -> None:
@@ -155,13 +159,16 @@ class SpeedGauge:
 
     def ttft_estimate_ms(self, occupancy: Occupancy) -> int:
         """How long one more request should expect to wait for its first token."""
+        return round(1000 * min(self._ttft_estimate_s(occupancy), _LONGEST_S))
+
+    def _ttft_estimate_s(self, occupancy: Occupancy) -> float:
         step = self._steps.seconds(occupancy.next_batch)
         wait = self._wait_s(occupancy, step)
         rate = occupancy.prefill_tokens_per_second
-        if rate <= 0:
-            return round(1000 * (wait + self._ttft_s))
+        if not rate > _SLOWEST:  # nor if it is no number at all
+            return wait + self._ttft_s
         own = self._prompt_tokens / rate if self._prompt_tokens else self._ttft_s
-        return round(1000 * (max(wait, occupancy.queued_prefill_tokens / rate) + own + step))
+        return max(wait, occupancy.queued_prefill_tokens / rate) + own + step
 
     def _wait_s(self, occupancy: Occupancy, step: float) -> float:
         """Until a place is free: those who hold one leave evenly spread over an answer's time."""

@@ -168,9 +168,9 @@ class Child:
             nursery.start_soon(self._write, process.stdin)
             nursery.start_soon(self._log, process.stderr)
             nursery.start_soon(self._watch, nursery.cancel_scope)
-            await self._read(process.stdout)
-            with trio.move_on_after(_LAST_WORDS_S):
-                await self._log_ended.wait()
+            if await self._read(process.stdout):
+                with trio.move_on_after(_LAST_WORDS_S):
+                    await self._log_ended.wait()
             nursery.cancel_scope.cancel()
 
     async def _write(self, stdin: trio.abc.SendStream) -> None:
@@ -181,7 +181,8 @@ class Child:
         except trio.BrokenResourceError:
             pass  # the reader notices the same end, and knows more
 
-    async def _read(self, stdout: trio.abc.ReceiveStream) -> None:
+    async def _read(self, stdout: trio.abc.ReceiveStream) -> bool:
+        """Hear the child until it closes its frames; False if it spoke nonsense."""
         decoder = FrameDecoder()
         try:
             async for data in stdout:
@@ -190,6 +191,8 @@ class Child:
                     self._hear(frame)
         except FrameError as exc:
             self._cause = f"the engine process is broken: {exc}"
+            return False
+        return True
 
     async def _log(self, stderr: trio.abc.ReceiveStream) -> None:
         rest = b""
