@@ -117,9 +117,12 @@ class Job:
         return self.output_tokens - self._vouched
 
     @property
-    def has_begun(self) -> bool:
-        """Whether the engine has read the prompt and made a token."""
-        return self._first_at is not None
+    def is_read(self) -> bool:
+        """Whether the engine has read the prompt, made a token, and said how long the prompt was.
+
+        Some engines, behind an API of others, say that at the end only.
+        """
+        return self._first_at is not None and self.input_tokens > 0
 
     def computed(self, event: TokenEvent, *, now: float) -> None:
         """Note the prompt's exact size, and when the first token was there."""

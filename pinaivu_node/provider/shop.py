@@ -160,7 +160,6 @@ class Shop:
             return None
         if isinstance(answer, Bid):
             self.tally.bids += 1
-            self._warmth[offer.terms.model].claimed(request_id, answer.warm_tokens)
         else:
             self.tally.passes[answer.reason] += 1
             if answer.reason is PassReason.ENGINE_UNAVAILABLE:
@@ -251,9 +250,9 @@ class Shop:
     def computed(self, job: Job, event: TokenEvent) -> None:
         """An engine has brought something for a job."""
         now = trio.current_time()
-        has_begun = job.has_begun
+        was_read = job.is_read
         job.computed(event, now=now)
-        if job.has_begun and not has_begun:
+        if job.is_read and not was_read:
             model = job.token.model
             engine = self.served[model].engine.statistics()
             resumed = job.resumed_tokens
@@ -268,7 +267,7 @@ class Shop:
         model = job.token.model
         was_full = self._running[model] >= self.served[model].engine.statistics().capacity
         self._running[model] -= 1
-        if job.has_begun:
+        if job.is_read:
             self._warmth[model].used(job.chain, now=trio.current_time())
         if was_full or self._makes_room():
             # The auction would not wait for the bid of one that it takes for full.
@@ -360,7 +359,7 @@ class Shop:
             return 0
         chain = Chain(offer.gateway, offer.fingerprints)
         warmth, engine = self._warmth[served.model], served.engine.statistics()
-        return warmth.warm_tokens(chain, engine, now=trio.current_time())
+        return warmth.warm_tokens(offer.terms.request_id, chain, engine, now=trio.current_time())
 
     def _stock(self) -> dict[ModelName, Stock]:
         return {

@@ -35,7 +35,7 @@ class ModelStatistics:
     cached_tokens: int = 0
     """Of these, what its prefix cache had."""
     warm_prefixes: int = 0
-    """Prompts that bids take for warm."""
+    """Beginnings of prompts that are remembered, for bids to go by."""
     load_progress: float = 1.0
     standing: Standing | None = None
     """Where the model is, if it is loaded on demand."""

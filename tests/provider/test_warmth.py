@@ -47,9 +47,8 @@ class Box:
 
     def claim(self, text, *, request="r", gateway=GATEWAY) -> int:
         stats = engine(**self.fields)
-        tokens = self.warmth.warm_tokens(chain(text, gateway=gateway), stats, now=self.now)
-        self.warmth.claimed(request, tokens)
-        return tokens
+        asked = chain(text, gateway=gateway)
+        return self.warmth.warm_tokens(request, asked, stats, now=self.now)
 
     def serve(self, text, tokens, *, cached=0, request="r", gateway=GATEWAY, resumed=0) -> None:
         event = TokenEvent(request, (1,), "a", input_tokens=tokens, cached_tokens=cached)
@@ -75,6 +74,34 @@ def test_the_longest_beginning_counts():
     box.serve("abc", 700)
     assert box.claim("abcde") == 576
     assert box.claim("axy") == 192
+
+
+def test_a_shared_system_prompt_is_as_long_as_two_conversations_have_in_common():
+    box = Box()
+    box.serve("sa", 700)
+    assert box.claim("sb") == 0  # how long the system prompt is, nobody has said
+    box.serve("sb", 800, cached=640)  # they begin alike beyond it
+    assert box.claim("sc") == 640
+    box.serve("sc", 900, cached=512)
+    assert box.claim("sd") == 512
+    box.serve("sd", 900, cached=576)
+    assert box.claim("se") == 512
+
+
+def test_a_guess_that_fell_short_says_nothing_about_the_size_of_blocks():
+    box = Box()
+    box.serve("sa", 700)
+    box.serve("sb", 800, cached=640)
+    assert box.claim("sc") == 640
+    box.serve("sc", 1000, cached=512)
+    assert box.claim("scxx") == 896
+
+
+def test_a_length_that_is_known_is_not_guessed_again():
+    box = Box()
+    box.serve("sa", 1000)
+    box.serve("sab", 2000, cached=64)
+    assert box.claim("sax") == 896
 
 
 def test_a_prompt_of_two_blocks_or_less_is_nothing():
