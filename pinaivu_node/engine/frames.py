@@ -66,7 +66,8 @@ class Cancel:
     """Stop a request.
 
     Each answer of a generation still ends with an event, CANCELLED unless it was faster; an
-    embedding with a Refused, unless that was.
+    embedding with a Refused, unless that was.  A request that is over when the Cancel arrives stays
+    over, and a later one may have its id.
     """
 
     request_id: str
@@ -171,7 +172,10 @@ class Gauges:
     prefill_tokens_per_second: float
     """Prompt tokens computed per second, smoothed over the latest chunks; 0 before the first."""
     decode_tokens_per_second: float
-    """Tokens chosen since the last Gauges, of all sequences, per second of steps; 0 if none."""
+    """Tokens chosen since the last Gauges, of all sequences, per second of steps; 0 if none.
+
+    The daemon counts the sequences per step by itself: from the StepFrames in between.
+    """
     queued_prefill_tokens: int
     """Prompt tokens still to be computed, of the queued and of the running sequences."""
 

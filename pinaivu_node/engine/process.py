@@ -76,6 +76,9 @@ class Child:
         self._cause: str | None = None
         self._heard = False
         self._ping_open = False
+        self._steps = 0
+        self._rows = 0
+        """Sequences that got tokens in those steps, since the last Gauges."""
         self._last_words = LastWords()
         self._memory = MemoryWatch(oom_kills)
         # Bounded by `_MAX_UNSENT_BYTES`; a Cancel per call and an open Ping come on top.
@@ -237,13 +240,14 @@ class Child:
     def _hear(self, frame: Frame) -> None:
         match frame:
             case StepFrame(events=events):
+                self._steps += 1
                 for event in events:
+                    self._rows += bool(event.token_ids)
                     self._hear_event(event)
             case Accepted() | Refused() | Embedded():
                 self._hear_answer(frame)
             case Gauges():
-                self.gauges = frame
-                self._gauge.batch(frame.running, frame.decode_tokens_per_second)
+                self._hear_gauges(frame)
             case Pong(number=number):
                 self._ping_open = self._ping_open and number == 0
             case Loading(progress=progress, what=what):
@@ -278,6 +282,14 @@ class Child:
         elif listened and call.abandoned:
             logger.warning("request %s is ended: its reader is too slow", event.request_id)
             self._cancel(call)
+
+    def _hear_gauges(self, gauges: Gauges) -> None:
+        self.gauges = gauges
+        if self._rows:
+            # Not `running`: some of those may still be at their prompts.
+            size = round(self._rows / self._steps)
+            self._gauge.batch(size, gauges.decode_tokens_per_second)
+        self._steps = self._rows = 0
 
     def _hear_answer(self, said: Accepted | Refused | Embedded) -> None:
         call = self._call(said.request_id)

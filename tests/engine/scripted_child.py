@@ -84,8 +84,8 @@ def misbehave(prompt: str, request) -> None:
         case "stray":
             say(StepFrame((event(request, 0, index=7),)))
         case "gauges":
-            say(frames.Gauges(2, 1, 30, 1000, 600, 3, 12.5, 500.0, 100.0, 2000))
-            say(StepFrame((event(request, 0),)))
+            say(StepFrame((event(request, 0), event(request, 0, index=1))))
+            say(frames.Gauges(3, 1, 30, 1000, 600, 3, 12.5, 500.0, 100.0, 2000))
 
 
 def main() -> None:

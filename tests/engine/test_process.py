@@ -186,6 +186,8 @@ async def test_the_progress_of_loading_can_be_seen(tmp_path, monkeypatch):
 async def test_the_childs_gauges_are_in_the_statistics_and_outlive_it(engine):
     async with engine.generate(request("gauges", n=3)) as events:
         await anext(events)
+        await anext(events)
+        await wait_until(lambda: engine.statistics().preemptions)
         statistics = engine.statistics()
         # The child says that one of the three waits for blocks, although a place is free.
         assert (statistics.running, statistics.queued) == (2, 1)

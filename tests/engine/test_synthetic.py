@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import trio
 
 from pinaivu_node.engine.synthetic import SyntheticEngine, count_tokens
 from pinaivu_node.engine.types import (
     ChatMessage,
+    Constraint,
+    ConstraintKind,
+    EmbeddingRequest,
     EngineBusy,
     FinishReason,
     GenerationRequest,
     PromptRefused,
     SamplingParams,
+    Tool,
+    ToolUse,
 )
 
 
@@ -81,6 +88,46 @@ async def test_its_window_is_a_limit_like_any_models(autojump_clock):
     assert len(await answer(engine, request(prompt="x" * 60, max_tokens=100))) == 5
     with pytest.raises(PromptRefused, match="maximum context length is 20 tokens"):
         await answer(engine, request(prompt="x" * 80))
+
+
+async def test_several_answers_differ_and_come_at_the_same_instants(autojump_clock):
+    engine = SyntheticEngine(tokens_per_second=10, ttft_ms=500)
+    wanted = dataclasses.replace(request(), sampling=SamplingParams(max_tokens=5, n=3))
+    events = await answer(engine, wanted)
+    texts, times = {}, {}
+    for event, at in events:
+        texts[event.index] = texts.get(event.index, "") + event.text
+        times.setdefault(event.index, []).append(at)
+    assert times[0] == times[1] == times[2]
+    assert len(set(texts.values())) == 3
+    assert [event.finish_reason for event, _ in events[-3:]] == [FinishReason.LENGTH] * 3
+    # The first is what it would have been alone.
+    assert texts[0] == "".join(event.text for event, _ in await answer(engine, request()))
+    assert engine.statistics().tokens_per_second == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("change", "sampling"),
+    [
+        ({"constraint": Constraint(ConstraintKind.JSON_OBJECT)}, {}),
+        ({"tools": ToolUse((Tool("clock"),))}, {}),
+        ({"resume_token_ids": (1,)}, {"n": 2}),
+        ({}, {"logprobs": 0}),
+        ({}, {"n": 0}),
+        ({}, {"n": 129}),
+    ],
+)
+async def test_what_nonsense_cannot_have_is_refused(autojump_clock, change, sampling):
+    wanted = dataclasses.replace(
+        request(), sampling=SamplingParams(max_tokens=5, **sampling), **change
+    )
+    with pytest.raises(PromptRefused):
+        await answer(SyntheticEngine(), wanted)
+
+
+async def test_it_makes_no_vectors(autojump_clock):
+    with pytest.raises(PromptRefused, match="no embeddings"):
+        await SyntheticEngine().embed(EmbeddingRequest("e", ("text",)))
 
 
 def test_prompts_are_counted_by_their_bytes():
