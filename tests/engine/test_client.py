@@ -52,7 +52,7 @@ async def wait_until(condition) -> None:
 
 async def test_a_child_serves_queues_and_cancels_and_is_replaced_when_it_dies(tiny_model):
     # One story, because starting a child takes seconds.
-    async with open_engine(config(tiny_model, max_queued=2)) as engine:
+    async with open_engine(config(tiny_model, max_running=1, max_queued=2)) as engine:
         with pytest.raises(EngineDead, match="loading"):
             await answer(engine, request())
         await engine.wait_ready()
