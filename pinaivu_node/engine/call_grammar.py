@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,9 +50,12 @@ class PythonForm:
 
 
 def grammar(
-    form: Form | PythonForm, use: ToolUse, *, special: Mapping[str, int]
+    form: Form | PythonForm, use: ToolUse, *, tokens: Mapping[str, int], loose: Sequence[int] = ()
 ) -> Constraint | None:
     """What an answer with these tools is; None if it may be anything.
+
+    `tokens` are marks that are one token; a grammar has to name these, as it takes none for text.
+    `loose` are others of that kind, which text may hold.
 
     With AUTO it is text in which every opener is followed by a call.  Where calls have no opener
     of their own, any text might still become one, and nothing is enforced.
@@ -60,13 +63,13 @@ def grammar(
     if use.choice is ToolChoice.AUTO and not form.opener:
         return None
     tools = [tool for tool in use.tools if use.named in (None, tool.name)]
-    lark = _Lark(special)
+    lark = _Lark(tokens)
     if isinstance(form, PythonForm):
         calls = lark.python_calls(form, tools, parallel=use.parallel)
     else:
         calls = lark.calls(form, tools, parallel=use.parallel)
     if use.choice is ToolChoice.AUTO:
-        lark.text_with(form.opener, calls, many=use.parallel)
+        lark.text_with(form.opener, calls, many=use.parallel, loose=loose)
     else:
         lark.rule("start", lark.fixed(form.opener), calls)
     return Constraint(ConstraintKind.LARK, "\n".join(lark.rules) + "\n")
@@ -75,10 +78,10 @@ def grammar(
 class _Lark:
     """Rules in the making."""
 
-    def __init__(self, special: Mapping[str, int]) -> None:
+    def __init__(self, tokens: Mapping[str, int]) -> None:
         self.rules = ["%llguidance {}"]
-        self._special = special
-        marks = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        self._tokens = tokens
+        marks = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
         self._marks = re.compile(f"({marks or '(?!)'})")
 
     def rule(self, name: str, *parts: str) -> str:
@@ -89,19 +92,22 @@ class _Lark:
         """Exactly this, special tokens as the tokens that they are."""
         pieces = (piece for piece in self._marks.split(text) if piece)
         return " ".join(
-            f"<[{self._special[piece]}]>" if piece in self._special else _quoted(piece)
+            f"<[{self._tokens[piece]}]>" if piece in self._tokens else _quoted(piece)
             for piece in pieces
         )
 
-    def text_with(self, opener: str, calls: str, *, many: bool) -> None:
+    def text_with(self, opener: str, calls: str, *, many: bool, loose: Sequence[int]) -> None:
         """Any text, in it calls after openers."""
         self.rules.append(r"TEXT: /(.|\n)*/")
-        if opener in self._special:
+        if opener in self._tokens:
             self.rule("found", f"TEXT {self.fixed(opener)} {calls}")
         else:
             self.rules.append(f"open[lazy]: TEXT {_quoted(opener)}")
             self.rule("found", f"open {calls}")
-        self.rule("start", f"found{'*' if many else '?'} TEXT")
+        aside = ""
+        if loose:
+            aside = self.rule("aside", f"TEXT <[{','.join(map(str, loose))}]>") + "*"
+        self.rule("start", aside, f"(found {aside})" + ("*" if many else "?"), "TEXT")
 
     def calls(self, form: Form, tools: list[Tool], *, parallel: bool) -> str:
         """Everything after the opener: one call or, if they may be parallel, more."""

@@ -323,10 +323,11 @@ def pythonic(sink: Sink) -> Read[None]:
         sink.end()
 
 
-def pythonic_before(closer: str) -> Reader:
-    """The same, up to the closing mark."""
+def pythonic_within(closer: str) -> Reader:
+    """The same between marks."""
 
     def read(sink: Sink) -> Read[None]:
+        _need((yield from _solid()) == "[")
         yield from pythonic(sink)
         _need((yield from _solid()) == closer[0])
         yield from _literal(closer[1:])

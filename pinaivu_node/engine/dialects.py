@@ -10,6 +10,7 @@ in the words of Hermes, which most instruct models have met.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,7 +19,7 @@ from pinaivu_node.engine import call_syntax
 from pinaivu_node.engine.call_grammar import Form, PythonForm, grammar
 from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ArgumentsAs, ChatTemplate, shared
 from pinaivu_node.engine.tool_calls import Opener, ToolCallParser
-from pinaivu_node.engine.types import Constraint, ToolChoice, ToolUse
+from pinaivu_node.engine.types import Constraint, Tool, ToolChoice, ToolUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,17 @@ class Dialect:
     """Whether the model's own template shows tools and writes calls."""
     arguments_as: ArgumentsAs = ArgumentsAs.OBJECT
     """What the template takes the arguments of an earlier call as."""
-    special: Mapping[str, int] = field(default_factory=dict)
-    """Those of the syntax's marks that are special tokens of this model."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Those of the syntax's marks that are one token of this model."""
+    special: frozenset[str] = frozenset()
+    """Those of these that a reader of text is not shown."""
+    loose: tuple[int, ...] = ()
+    """Other tokens that are no ordinary text to a grammar, and that an answer may hold."""
 
     @property
     def visible(self) -> frozenset[int]:
         """Special tokens that the detokenizer must show to the parser, which hides them."""
-        return frozenset(self.special.values())
+        return frozenset(self.tokens[mark] for mark in self.special)
 
     def constraint(self, use: ToolUse) -> Constraint | None:
         """A grammar under which every call is one of a tool there is, with arguments of its schema;
@@ -59,7 +64,7 @@ class Dialect:
         """
         if use.choice is ToolChoice.NONE or not use.tools:
             return None
-        return grammar(self.syntax.form, use, special=self.special)
+        return grammar(self.syntax.form, use, tokens=self.tokens, loose=self.loose)
 
     def parser(
         self, use: ToolUse | None, *, request_id: str, answer: int = 0
@@ -70,7 +75,7 @@ class Dialect:
         return ToolCallParser(
             self.syntax.openers,
             hidden=tuple(self.special),
-            names=frozenset(tool.name for tool in use.tools),
+            tools=use,
             request_id=request_id,
             answer=answer,
         )
@@ -163,7 +168,7 @@ BARE: Final = Syntax(
 )
 LIQUID: Final = Syntax(
     "liquid",
-    (Opener("<|tool_call_start|>[", call_syntax.pythonic_before("<|tool_call_end|>")),),
+    (Opener("<|tool_call_start|>", call_syntax.pythonic_within("<|tool_call_end|>")),),
     PythonForm("<|tool_call_start|>", last="<|tool_call_end|>"),
     marks=("<|tool_call_start|>", "<|tool_call_end|>"),
 )
@@ -174,6 +179,9 @@ SYNTAXES: Final = (
     HERMES, PHI, MISTRAL, MISTRAL_LIST, DEEPSEEK_FENCED, DEEPSEEK, LLAMA, BARE, LIQUID, PYTHONIC,
 )  # fmt: skip
 """Tried in this order: those with marks before those that begin with any brace."""
+
+_THOUGHTS: Final = re.compile("think|reason", re.IGNORECASE)
+"""Marks around thoughts, which are special tokens of some models and come before any call."""
 
 _PROBE_NAME: Final = "look_up"
 _PROBE_ARGUMENTS: Final = {"word": "quince"}
@@ -206,16 +214,26 @@ def dialect_of(tokenizer: Any) -> Dialect:
         )
         syntax, arguments_as = next(found, (HERMES, None))
     marks = {opener.text for opener in syntax.openers} | set(syntax.marks)
+    added = tokenizer.added_tokens_decoder
     return Dialect(
         syntax,
         native=arguments_as is not None,
         arguments_as=arguments_as or ArgumentsAs.OBJECT,
-        special={
-            token.content: number
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content in marks
-        },
+        tokens={token.content: at for at, token in added.items() if token.content in marks},
+        special=frozenset(t.content for t in added.values() if t.special and t.content in marks),
+        loose=tuple(
+            at
+            for at, token in added.items()
+            if token.content not in marks and _is_loose(token.content, special=token.special)
+        ),
     )
+
+
+def _is_loose(token: str, *, special: bool) -> bool:
+    """Whether it is no text to a grammar: to llguidance any token such as `<table>` is special."""
+    if special:
+        return _THOUGHTS.search(token) is not None
+    return token.startswith("<") and token.endswith(">")
 
 
 def _shows_tools(template: ChatTemplate) -> bool:
@@ -246,7 +264,9 @@ def _writes(template: ChatTemplate, syntax: Syntax, arguments_as: ArgumentsAs) -
     written = after[shared(before, after) :]
     if syntax.sign not in written or _PROBE_RESULT not in written:
         return False
-    parser = ToolCallParser(syntax.openers, names=frozenset({_PROBE_NAME}), request_id="", answer=0)
+    parser = ToolCallParser(
+        syntax.openers, tools=ToolUse((Tool(_PROBE_NAME),)), request_id="", answer=0
+    )
     deltas = (*parser.push(written).deltas, *parser.finish().deltas)
     read = "".join(delta.arguments for delta in deltas)
     # Calls in the words of Hermes are an assistant's; the prompt's example is not in `written`.

@@ -20,7 +20,7 @@ from typing import Final
 
 from pinaivu_node.engine.call_syntax import Read, Reader
 from pinaivu_node.engine.json_scan import Malformed
-from pinaivu_node.engine.types import ToolCallDelta
+from pinaivu_node.engine.types import ToolCallDelta, ToolUse
 
 _MAX_HELD: Final = 1 << 17
 """Characters of something that might be a call, before it is given back as text."""
@@ -57,6 +57,7 @@ class _Calls:
     names: frozenset[str]
     request_id: str
     answer: int
+    most: int | None
     count: int = 0
     whole: int = 0
     told: bool = False
@@ -68,7 +69,7 @@ class _Calls:
         return name in self.names
 
     def begin(self, name: str) -> None:
-        if not self.knows(name):
+        if not self.knows(name) or self.count == self.most:
             raise Malformed
         self._join()
         number = call_id(self.request_id, answer=self.answer, call=self.count)
@@ -105,13 +106,13 @@ class ToolCallParser:
         openers: Sequence[Opener],
         *,
         hidden: Sequence[str] = (),
-        names: frozenset[str],
+        tools: ToolUse,
         request_id: str,
         answer: int,
     ) -> None:
         """`hidden` are marks that are not shown, opener or not: the model's special tokens.
 
-        `names` are the tools there are; what calls another is no call but text.
+        What calls none of the tools, or one more than may be called, is no call but text.
         """
         self._openers = {opener.text: opener for opener in openers}
         self._hidden = frozenset(hidden)
@@ -122,7 +123,8 @@ class ToolCallParser:
             mark[:length] for mark in {*self._openers, *hidden} for length in range(1, len(mark))
         )
         self._longest = max(map(len, self._beginnings), default=0)
-        self._calls = _Calls(names, request_id, answer)
+        names = frozenset(tool.name for tool in tools.tools)
+        self._calls = _Calls(names, request_id, answer, most=None if tools.parallel else 1)
         self._held = ""
         """Outside of a call: what may be the beginning of one.  Inside: what was not told yet."""
         self._body: Read[None] | None = None

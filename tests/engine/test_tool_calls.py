@@ -218,8 +218,9 @@ EVERY_ANSWER = [(name, text) for name, found in ANSWERS.items() for text, *_ in 
 EVERY_TEXT = [(name, text) for name, texts in TEXTS.items() for text in texts]
 
 
-def parser_of(name, *, tools=TOOLS, special=None, **use):
-    dialect = Dialect(BY_NAME[name], native=True, special=special or {})
+def parser_of(name, *, tools=TOOLS, special=(), **use):
+    tokens = {mark: at for at, mark in enumerate(special)}
+    dialect = Dialect(BY_NAME[name], native=True, tokens=tokens, special=frozenset(tokens))
     return dialect.parser(ToolUse(tools, **use), request_id="r")
 
 
@@ -279,6 +280,13 @@ SCRAPS = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda syntax: syntax.name)
+def test_no_mark_is_the_beginning_of_another(syntax):
+    # Else where the text is cut would decide which of the two is read.
+    marks = [*(opener.text for opener in syntax.openers), *syntax.marks]
+    assert not [(a, b) for a in marks for b in marks if a != b and b.startswith(a)]
+
+
 @given(
     st.sampled_from(sorted(BY_NAME)),
     st.lists(SCRAPS, max_size=14).map("".join)
@@ -292,7 +300,7 @@ def test_where_an_answer_is_cut_into_pieces_changes_nothing(name, text, cuts, ma
     pieces = [text[start:end] for start, end in pairwise(at)]
     syntax = BY_NAME[name]
     marks = [*(opener.text for opener in syntax.openers), *syntax.marks]
-    special = {mark: at for at, mark in enumerate(marks)} if marked == "hidden" else {}
+    special = marks if marked == "hidden" else ()
     whole = read(parser_of(name, special=special), [text])
     assert read(parser_of(name, special=special), pieces) == whole
     assert read(parser_of(name, special=special), text) == whole
@@ -343,8 +351,7 @@ def test_a_call_that_fails_does_not_hide_the_next_one():
 
 
 def test_marks_that_are_special_tokens_are_never_shown():
-    special = {"[TOOL_CALLS]": 1, "[ARGS]": 2, "[CALL_ID]": 3}
-    parser = parser_of("mistral", special=special)
+    parser = parser_of("mistral", special=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"))
     assert read(parser, ["a[ARGS]b [TOOL_CALLS]rm[ARGS]{}"])[0] == "ab rm{}"
 
 
@@ -374,6 +381,12 @@ def test_a_long_answer_is_held_back_no_more_than_it_must():
         assert parser.push("no marks here. ").text
     parser.push("<tool_call>" + '{"name":' + " " * 200_000)
     assert parser.push("x").text
+
+
+def test_where_one_call_was_asked_for_a_second_is_text():
+    call = '<tool_call>{"name": "time.now", "arguments": {}}</tool_call>'
+    text, calls = read(parser_of("hermes", parallel=False), [call + call])
+    assert (text, plain(calls)) == (call, [("time.now", {})])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
