@@ -20,7 +20,7 @@ from pinaivu_gateway.jobs import (
 )
 from pinaivu_node.protocol.ids import Milliseconds, UnixMilliseconds
 from pinaivu_node.protocol.inference import RefuseReason
-from pinaivu_node.protocol.market import SegmentOutcome
+from pinaivu_node.protocol.market import NO_DELAY, SegmentOutcome
 
 CONTEXT_WORDS: Final = "maximum context length"
 """By which every engine that speaks OpenAI's API says that the prompt is too long."""
@@ -31,6 +31,8 @@ BASE_PATIENCE: Final = 10.0
 PATIENCE_PER_TOKEN: Final = 0.02
 """Seconds until a first token is overdue: a short wait for a place, and the prompt at 50 tokens a
 second, which a slow CPU reads."""
+LONGEST_DELAY: Final = Milliseconds(60_000)
+"""Of what a bid may say that its provider has to do first, for which a client is made to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +89,25 @@ def lost_in_mid_answer(failure: Failure) -> JobError:
 
 
 def first_token_patience(
-    rest: Sequence[Assignment], *, input_estimate: int, now: UnixMilliseconds
+    rest: Sequence[Assignment],
+    *,
+    input_estimate: int,
+    now: UnixMilliseconds,
+    delay: Milliseconds = NO_DELAY,
 ) -> float:
-    """Seconds to wait for a first token.
+    """Seconds to wait for a first token; `delay` is what the bid said has to be done first.
 
     Where a standby could still take over, not past its token's expiry, provided that the prompt
     itself leaves hope of a first token by then.
     """
+    first = min(delay, LONGEST_DELAY) / 1000
     patience = BASE_PATIENCE + PATIENCE_PER_TOKEN * input_estimate
     if rest:
         until_expiry = (rest[0].token.expires_at - LAST_MOMENT - now) / 1000
-        if until_expiry > PATIENCE_PER_TOKEN * input_estimate:
-            return min(patience, until_expiry)
+        if until_expiry > first + PATIENCE_PER_TOKEN * input_estimate:
+            return min(first + patience, until_expiry)
     # Nobody is left to take over: only a provider that hangs is given up.
-    return 3 * patience
+    return first + 3 * patience
 
 
 def _prompt_error(explanation: str) -> JobError:

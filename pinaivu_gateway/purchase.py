@@ -27,7 +27,7 @@ from pinaivu_gateway.jobs import (
 )
 from pinaivu_gateway.provider_link import ProviderLink, ProviderLinks
 from pinaivu_gateway.segment import Segment
-from pinaivu_node.protocol.ids import Digest, PeerId, UnixMilliseconds, digest_of
+from pinaivu_node.protocol.ids import Digest, Milliseconds, PeerId, UnixMilliseconds, digest_of
 from pinaivu_node.protocol.inference import Dispatch
 from pinaivu_node.protocol.market import Delivery, Outcome, SegmentOutcome
 
@@ -192,7 +192,7 @@ class Purchase:
         attempt = Attempt(segment)
         self._attempts.append((attempt, link, None))
         link.dispatch(attempt, self._dispatch(assignment))
-        await self._wait_begun(attempt)
+        await self._wait_begun(attempt, delay=assignment.token.delay_ms)
         if attempt.failure is None or segment.has_begun:
             return None
         link.cancel(attempt.request_id)
@@ -200,7 +200,7 @@ class Purchase:
         self._attempts[-1] = (attempt, link, trio.current_time())
         return attempt.failure
 
-    async def _wait_begun(self, attempt: Attempt) -> None:
+    async def _wait_begun(self, attempt: Attempt, *, delay: Milliseconds) -> None:
         with trio.move_on_after(self._buyer.config.accept_timeout):
             await attempt.wait_accepted()
         if not (attempt.is_accepted or attempt.is_over):
@@ -210,6 +210,7 @@ class Purchase:
             self._remaining,
             input_estimate=self.order.input_estimate,
             now=self._buyer.now(),
+            delay=delay,
         )
         with trio.move_on_after(patience):
             await attempt.wait_begun()

@@ -28,6 +28,7 @@ from pinaivu_node.protocol.ids import (
     UnixMilliseconds,
 )
 from pinaivu_node.protocol.market import (
+    NO_DELAY,
     AnswerRecord,
     AuctionPolicy,
     AuctionRecord,
@@ -95,6 +96,8 @@ class RankedAward:
     generalised_cost: int
     warm_tokens: int = 0
     """Prompt tokens that it said it has warm, and that helped it win: they are billed as such."""
+    delay_ms: Milliseconds = NO_DELAY
+    """What it said it has to do first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +284,7 @@ def _award(record: AuctionRecord, contest: Sequence[_Score], *, rank: int) -> Ra
         expected_time_ms=winner.expected_time_ms,
         generalised_cost=winner.generalised_cost,
         warm_tokens=winner.usage.cached_input,
+        delay_ms=winner.bid.delay_ms,
     )
 
 

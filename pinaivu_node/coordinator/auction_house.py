@@ -356,6 +356,7 @@ class AuctionHouse:
                 min(now + self._floor.config.policy.token_ttl_ms, terms.deadline)
             ),
             deadline=terms.deadline,
+            delay_ms=award.delay_ms,
         )
 
     def _contract(

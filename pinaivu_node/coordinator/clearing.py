@@ -197,6 +197,7 @@ class Clearing:
                 report,
                 now=now,
                 wait_share=wait_share(job.contract.terms, warm_tokens=award.warm_tokens),
+                delay_ms=award.delay_ms,
             )
             for report, award in awards
             if award is not None and is_measured(report, proven=report.provider in job.proofs)

@@ -19,7 +19,13 @@ from pinaivu_node.protocol.ids import (
     PeerId,
     UnixMilliseconds,
 )
-from pinaivu_node.protocol.market import AuctionPolicy, Measurement, SegmentOutcome, SegmentReport
+from pinaivu_node.protocol.market import (
+    NO_DELAY,
+    AuctionPolicy,
+    Measurement,
+    SegmentOutcome,
+    SegmentReport,
+)
 
 HALF_LIFE_MS: Final = 60 * 60 * 1000
 """An hour: long against a job, short against the time in which a box is repaired or upgraded."""
@@ -93,16 +99,19 @@ class Track:
         *,
         now: UnixMilliseconds,
         wait_share: PartsPerMillion = ALL_OF_IT,
+        delay_ms: Milliseconds = NO_DELAY,
     ) -> Track:
         """What is known once a gateway has reported this segment.
 
         `wait_share` is what the provider's claim to have some of the prompt warm left of the wait;
-        what is kept is the wait for a cold prompt.
+        what is kept is the wait for a cold prompt.  `delay_ms` is what it said it has to do first;
+        the auction counted it already.
         """
         aged = self.aged(now)
         ttft, speed, reliability = aged.ttft_ms, aged.millitokens_per_second, aged.reliability_ppm
-        if report.ttft_ms is not None:
-            cold = report.ttft_ms * MILLION // wait_share
+        # A token that came before the delay was over says nothing of what comes after one.
+        if report.ttft_ms is not None and report.ttft_ms >= delay_ms:
+            cold = (report.ttft_ms - delay_ms) * MILLION // wait_share
             ttft = ttft.with_sample(min(cold, _SLOWEST_TTFT))
         measured = _speed(report)
         if measured is not None:
@@ -156,10 +165,11 @@ class Reputation:
         *,
         now: UnixMilliseconds,
         wait_share: PartsPerMillion = ALL_OF_IT,
+        delay_ms: Milliseconds = NO_DELAY,
     ) -> Track:
         """What would be known after this report; nothing changes until it is `learn`ed."""
         track = self._tracks.get(subject, Track())
-        return track.after(report, wait_share=wait_share, now=now)
+        return track.after(report, wait_share=wait_share, delay_ms=delay_ms, now=now)
 
     def learn(self, subject: Subject, track: Track) -> None:
         """Believe it from now on; it has been stored."""

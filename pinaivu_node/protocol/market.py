@@ -34,6 +34,7 @@ from pinaivu_node.protocol.money import PriceList, TokenUsage
 from pinaivu_node.protocol.signing import Envelope
 from pinaivu_node.protocol.wire import Message, Record, Word
 
+NO_DELAY: Final = Milliseconds(0)
 MAX_MODELS: Final = 64
 """Models per provider: a box that serves more announces the ones it wants to sell."""
 MAX_PEER_LIST: Final = 1024
@@ -299,7 +300,7 @@ class Bid(Message, kind="bid/1"):
     warm_tokens: TokenCount
     """Prompt tokens found in the prefix cache by the offer's fingerprints."""
     expires_at: UnixMillisecondsField
-    delay_ms: Annotated[MillisecondsField, Field(exclude_if=_is_zero)] = Milliseconds(0)
+    delay_ms: Annotated[MillisecondsField, Field(exclude_if=_is_zero)] = NO_DELAY
     """What has to be done before the job can begin, such as loading the model.  It only counts
     against the bidder, so it is believed; most bids have none and do not say it."""
 
@@ -369,6 +370,8 @@ class DispatchToken(Message, kind="dispatch_token/1"):
     issued_at: UnixMillisecondsField
     expires_at: UnixMillisecondsField
     deadline: UnixMillisecondsField
+    delay_ms: Annotated[MillisecondsField, Field(exclude_if=_is_zero)] = NO_DELAY
+    """What the provider's bid said it has to do first: so much longer a first token may take."""
 
 
 class Contact(Record):

@@ -18,9 +18,9 @@ from pinaivu_node.protocol.ids import (
     RequestId,
     UnixMilliseconds,
 )
-from pinaivu_node.protocol.market import Bid, JobOffer, JobTerms, Pass, PassReason
+from pinaivu_node.protocol.market import NO_DELAY, Bid, JobOffer, JobTerms, Pass, PassReason
 from pinaivu_node.protocol.money import PriceList
-from pinaivu_node.provider.shelf import NO_DELAY, Stock
+from pinaivu_node.provider.shelf import Stock
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,10 +36,9 @@ class ProviderConfig(BaseModel, frozen=True, extra="forbid"):
     the mesh queues.  Half the longest frame at most, so that all of it fits one."""
     max_prompt_characters: Annotated[int, Field(ge=1)] = 900_000
     """What fits a frame; lower it where memory is short."""
-    max_delay_ms: MillisecondsField = Milliseconds(7_000)
-    """What a model may still need to be loaded when we bid with it.  A gateway that has standbys
-    goes to the next one nine seconds after the award; what takes longer is passed up, and loaded
-    for the next job."""
+    max_delay_ms: MillisecondsField = Milliseconds(30_000)
+    """What a model may still need to be loaded when we bid with it: about as long as a person waits
+    for an answer.  What takes longer is passed up, and loaded for the next job."""
     accept_within_ms: MillisecondsField = Milliseconds(2_000)
     """A job whose model is being loaded is accepted no later: gateways wait five seconds for an
     Accept, and for a first token longer."""

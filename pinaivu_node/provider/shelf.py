@@ -9,10 +9,8 @@ from typing import Final, Protocol
 from pinaivu_node.engine.residency import Residence, Standing
 from pinaivu_node.engine.types import Engine
 from pinaivu_node.protocol.ids import Digest, Milliseconds, ModelName
-from pinaivu_node.protocol.market import JobKind, ModelOffer
+from pinaivu_node.protocol.market import NO_DELAY, JobKind, ModelOffer
 from pinaivu_node.protocol.money import PriceList
-
-NO_DELAY: Final = Milliseconds(0)
 
 
 class OnDemand(Protocol):

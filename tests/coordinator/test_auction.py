@@ -112,6 +112,7 @@ def test_what_a_bidder_has_to_do_first_counts_as_its_time():
     assert [award.provider for award in result.awards] == [warm, cold]
     first, second = result.awards
     assert second.expected_time_ms == first.expected_time_ms + 4_000
+    assert (first.delay_ms, second.delay_ms) == (0, 4_000)
     patient = decide(make_record(preference=Preference.LATENCY), answers[:1])
     assert patient.awards[0].provider == cold, "one who can be waited for is better than nobody"
 

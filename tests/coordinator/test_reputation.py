@@ -90,6 +90,16 @@ def test_a_warm_prompts_wait_does_not_pass_for_a_cold_ones():
     assert reputation.measurement(SUBJECT, now=START).ttft_ms == pytest.approx(300, rel=0.05)
 
 
+def test_a_delay_that_was_said_is_not_held_against_its_provider_twice():
+    after = Reputation(DEFAULT_POLICY).after
+    cold = make_report(PEER, ttft_ms=4_300)
+    warm = make_report(PEER, ttft_ms=300)
+    track = after(SUBJECT, cold, now=START, delay_ms=4_000)
+    assert track.ttft_ms == after(SUBJECT, warm, now=START).ttft_ms
+    early = after(SUBJECT, make_report(PEER, ttft_ms=3_000), now=START, delay_ms=4_000)
+    assert early.ttft_ms.weight == 0, "nobody gets to look fast by saying slow"
+
+
 def test_many_jobs_outweigh_the_prior_and_at_most_the_last_thirty_count():
     many = measured(*[make_report(PEER)] * 100)
     assert many.samples == MOST_SAMPLES

@@ -119,6 +119,23 @@ def test_a_long_prompt_is_given_the_time_it_takes_to_read() -> None:
     assert patience >= BASE_PATIENCE + PATIENCE_PER_TOKEN * tokens
 
 
+@pytest.mark.parametrize("rest", [(), BIDDERS[1:]])
+def test_a_delay_that_was_said_is_waited_for(rest) -> None:
+    delay = TTL + 10_000
+    patience = first_token_patience(rest, input_estimate=20, now=NOW, delay=delay)
+    assert patience > (delay + 1000) / 1000 + BASE_PATIENCE
+
+
+def test_a_short_delay_still_leaves_time_for_a_standby() -> None:
+    patience = first_token_patience(BIDDERS[1:], input_estimate=20, now=NOW, delay=5000)
+    assert 5 < patience <= (TTL - LAST_MOMENT) / 1000
+
+
+def test_nobody_is_made_to_wait_for_any_delay() -> None:
+    patience = first_token_patience((), input_estimate=20, now=NOW, delay=10**10)
+    assert patience < 60 + 4 * BASE_PATIENCE
+
+
 def test_the_last_provider_is_given_more_time() -> None:
     with_standby = first_token_patience(BIDDERS[1:], input_estimate=20, now=NOW)
     assert first_token_patience((), input_estimate=20, now=NOW) > 2 * with_standby

@@ -108,11 +108,11 @@ async def test_a_job_for_a_cold_model_is_accepted_while_it_is_loaded(autojump_cl
 async def test_what_takes_too_long_is_passed_up_and_loaded_for_the_next_one(
     autojump_clock, cold_market
 ):
-    async with cold_market(load_s=20.0) as (other, sold, coordinator, _, _):
+    async with cold_market(load_s=50.0) as (other, sold, coordinator, _, _):
         assert (await ask(coordinator, Pass)).reason is PassReason.ENGINE_UNAVAILABLE
         assert other.standing().residence is COLD
-        await trio.sleep(16)
-        assert 0 < (await ask(coordinator, Bid)).delay_ms <= 4000
+        await trio.sleep(30)
+        assert 15_000 < (await ask(coordinator, Bid)).delay_ms <= 20_000
         await sold.wait_ready()
         assert (await ask(coordinator, Bid)).delay_ms == 0
 
