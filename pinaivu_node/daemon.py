@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import trio
 from rich.console import Console
@@ -54,6 +54,9 @@ from pinaivu_node.provider.service import Provider, serve_provider
 from pinaivu_node.provider.shelf import ServedModel
 
 logger = logging.getLogger(__name__)
+
+_KV_CACHE_GB: Final = 2.0
+"""Of each of several models, where nobody can say how much memory there is."""
 
 
 class DaemonError(Exception):
@@ -154,9 +157,12 @@ async def _open_fleet(
     """Several models of our own, which share the memory of this machine or of its GPU."""
     given = settings.memory_budget_gb
     budget = default_budget(settings.device) if given is None else round(given * 1e9)
+    # Each is given its cache, where a single model would take what it finds: a tenth of what there
+    # is, so that half of it is left for weights when five models are in memory.
+    kv_cache_gb = _KV_CACHE_GB if budget is None else budget / 10 / 2**30
     fleet = await stack.enter_async_context(
         open_fleet(
-            [_fleet_model(model, settings) for model in models],
+            [_fleet_model(_engine_config(model, settings, kv_cache_gb), model) for model in models],
             FleetConfig(budget=budget),
             memory_of=_memory_of,
         )
@@ -168,8 +174,7 @@ async def _open_fleet(
     return served
 
 
-def _fleet_model(model: InstalledModel, settings: ProviderSettings) -> FleetModel:
-    config = _engine_config(model, settings)
+def _fleet_model(config: EngineConfig, model: InstalledModel) -> FleetModel:
     footprint = footprint_of(config)
     return FleetModel(
         name=model.name,
@@ -181,8 +186,15 @@ def _fleet_model(model: InstalledModel, settings: ProviderSettings) -> FleetMode
     )
 
 
-def _engine_config(model: InstalledModel, settings: ProviderSettings) -> EngineConfig:
-    return EngineConfig(model=model.folder, device=settings.device, threads=settings.threads)
+def _engine_config(
+    model: InstalledModel, settings: ProviderSettings, kv_cache_gb: float | None = None
+) -> EngineConfig:
+    return EngineConfig(
+        model=model.folder,
+        device=settings.device,
+        threads=settings.threads,
+        kv_cache_gb=kv_cache_gb,
+    )
 
 
 def _memory_of(engine: Engine) -> int | None:
