@@ -16,8 +16,8 @@ _SMOOTHING: Final = 0.2
 """Weight of the newest measurement: the figures follow a change within some ten of them."""
 _ENOUGH_TOKENS: Final = 4
 """An answer of fewer tokens says nothing about speed."""
-_USUAL_TOKENS: Final = 128
-"""Length of an answer, until one has ended: what chats are answered with, more or less."""
+_USUAL_TOKENS: Final = 128.0
+"""Length of an answer before any has ended: what chats are answered with, more or less."""
 _SLOWEST: Final = 1e-3
 """Tokens per second below which a speed is no measurement."""
 _LONGEST_S: Final = 3600.0
@@ -102,13 +102,13 @@ class StepTimes:
 
 
 class SpeedGauge:
-    """Smoothed speed, time to first token and length of a generation."""
+    """Smoothed speed, time to first token and length of an answer."""
 
     def __init__(self) -> None:
         self.generated_tokens = 0
         self._steps = StepTimes()
         self._ttft_s = 0.0
-        self._duration_s = 0.0
+        self._answer_tokens = _USUAL_TOKENS
         self._prompt_tokens = 0.0
 
     def preset(self, *, tokens_per_second: float, ttft_ms: float) -> None:
@@ -147,8 +147,8 @@ class SpeedGauge:
         if timing.first is None:
             return
         decoding = timing.last - timing.first
-        self._duration_s = _smoothed(self._duration_s, decoding + self._ttft_s)
         tokens = timing.tokens / timing.answers
+        self._answer_tokens = _smoothed(self._answer_tokens, tokens)
         if running is not None and tokens >= _ENOUGH_TOKENS and decoding > 0:
             self._steps.observe(running, decoding / (tokens - 1))
 
@@ -174,7 +174,7 @@ class SpeedGauge:
         """Until a place is free: those who hold one leave evenly spread over an answer's time."""
         if occupancy.has_room:
             return 0.0
-        duration = self._duration_s or step * _USUAL_TOKENS
+        duration = self._ttft_s + self._answer_tokens * step
         return duration * (occupancy.queued + 1) / max(1, occupancy.running)
 
 
