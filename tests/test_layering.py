@@ -54,11 +54,12 @@ PURE = {
         "bidding", "dispatch", "jobs", "outbound", "pieces", "seen", "shelf", "warmth",
     ],
     "pinaivu_node.engine": [
-        "types", "text", "noise", "residency", "blocks", "sequence", "scheduler", "pace",
+        "types", "text", "noise", "residency", "blocks", "sequence", "scheduler", "pace", "limits",
+        "gauge", "frames", "codec",
     ],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
-        "fingerprints",
+        "fingerprints", "openai_struct", "response_format", "logprobs",
     ],
 }  # fmt: skip
 

@@ -91,6 +91,14 @@ class BlockPool:
             self._names[block] = name
             self._named[name] = block
 
+    def unname(self, blocks: Sequence[int]) -> None:
+        """Nobody else may use what these hold."""
+        for block in blocks:
+            name = self._names[block]
+            if name is not None:
+                del self._named[name]
+                self._names[block] = None
+
     def release(self, blocks: Sequence[int], *, now: float) -> None:
         """A sequence uses these, in order of position, no longer."""
         for block in reversed(blocks):

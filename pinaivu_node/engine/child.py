@@ -1,8 +1,9 @@
 """The engine's own process: `python -m pinaivu_node.engine.child`, started by `client.py`.
 
-Two threads.  The reader takes frames from stdin and hands them over; the main thread runs the step
-loop and is the only one to write to stdout.  Pings are answered by the step loop and not by the
-reader: an answer proves that steps are made, not merely that a process exists.
+Three threads.  The reader takes frames from stdin; requests go to the preparer, which tokenises
+them and compiles their grammars; whatever is left goes to the main thread, which runs the step loop
+and is the only one to write to stdout.  Pings are answered by the step loop and not by the reader:
+an answer proves that steps are made, not merely that a process exists.
 
 The process ends when the daemon does: stdin then ends, and the reader exits on the spot.
 """
@@ -15,16 +16,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import (
-    Accepted,
-    Cancel,
     Embed,
     Frame,
     FrameDecoder,
@@ -32,128 +29,54 @@ from pinaivu_node.engine.frames import (
     Generate,
     Load,
     LoadFailed,
+    Loading,
     Ping,
     Pong,
     Ready,
-    Refused,
     encode,
-)
-from pinaivu_node.engine.types import (
-    FinishReason,
-    GenerationRequest,
-    PromptRefused,
-    StepFrame,
-    TokenEvent,
 )
 
 if TYPE_CHECKING:
-    from pinaivu_node.engine.torch_model import Generation, TorchModel
+    from pinaivu_node.engine.preparation import Preparation, Prepared, Unprepared
+    from pinaivu_node.engine.step_loop import StepLoop
 
-_MAX_FAILURES: Final = 3
-"""Generations that fail in a row before the process gives itself up: one is the request's fault,
-three are a device in a bad state, which only a new process cures."""
+    Said = Frame | Prepared | Unprepared
 
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    generation: Generation
-    deadline: float | None
-    """On the monotonic clock."""
+_READ_BYTES: Final = 65536
+_MAX_RUNNING_ON_CPU: Final = 16
+_MAX_RUNNING_ON_GPU: Final = 64
 
 
-class StepLoop:
-    """Commands in, steps of the model, events out.
-
-    One generation runs at a time, the others wait in order of arrival; the daemon bounds how many
-    it sends.  Commands are heard between steps, so nothing here changes under a running step.
-    """
-
-    def __init__(
-        self, model: TorchModel, *, inbox: queue.SimpleQueue[Frame], say: Callable[[Frame], None]
-    ) -> None:
-        self._model = model
-        self._inbox = inbox
-        self._say = say
-        self._jobs: dict[str, _Job] = {}
-        self._failures = 0
-
-    def run(self) -> NoReturn:
-        """Serve until the process ends."""
-        while True:
-            self._hear()
-            request_id, job = next(iter(self._jobs.items()))
-            event = self._step(job)
-            if event is None:
-                self._say(Pong(0))  # a chunk of a long prompt is done: the loop lives
-                continue
-            if event.finish_reason is not None:
-                del self._jobs[request_id]
-            self._say(StepFrame((event,)))
-
-    def _hear(self) -> None:
-        """Obey every command there is; wait for one if there is nothing else to do."""
-        while not self._jobs or not self._inbox.empty():
-            match self._inbox.get():
-                case Generate(request=request):
-                    self._accept(request)
-                case Embed(request=embedding):
-                    self._say(Refused(embedding.id, "This model makes no embeddings."))
-                case Cancel(request_id=request_id):
-                    self._cancel(request_id)
-                case Ping(number=number):
-                    self._say(Pong(number))
-                case frame:
-                    raise FrameError(f"the daemon said {type(frame).__name__}")
-
-    def _accept(self, request: GenerationRequest) -> None:
-        if request.sampling.n != 1 or request.constraint is not None or request.tools is not None:
-            self._say(Refused(request.id, "This engine gives one answer, in free text."))
-            return
-        try:
-            generation = self._model.start(request)
-        except PromptRefused as exc:
-            self._say(Refused(request.id, str(exc)))
-            return
-        except Exception as exc:  # noqa: BLE001 - the engine's per-request edge
-            traceback.print_exc()
-            self._say(Refused(request.id, f"The prompt cannot be prepared: {type(exc).__name__}."))
-            return
-        deadline = request.deadline_ms
-        ends = None if deadline is None else time.monotonic() + deadline / 1000
-        self._jobs[request.id] = _Job(generation, ends)
-        self._say(Accepted(request.id, generation.prompt_tokens))
-
-    def _cancel(self, request_id: str) -> None:
-        job = self._jobs.pop(request_id, None)
-        if job is not None:  # else it ended while the cancel was on its way
-            self._say(StepFrame((job.generation.ended(FinishReason.CANCELLED),)))
-
-    def _step(self, job: _Job) -> TokenEvent | None:
-        if job.deadline is not None and time.monotonic() > job.deadline:
-            return job.generation.ended(FinishReason.ERROR, error="the deadline passed")
-        try:
-            event = job.generation.step()
-        except Exception as exc:
-            traceback.print_exc()
-            self._failures += 1
-            if self._failures >= _MAX_FAILURES:
-                raise
-            return job.generation.ended(FinishReason.ERROR, error=f"{type(exc).__name__} in a step")
-        self._failures = 0
-        return event
-
-
-def _read(source: int, inbox: queue.SimpleQueue[Frame]) -> None:
+def _read(source: int, inbox: queue.SimpleQueue[Said], work: queue.SimpleQueue[Frame]) -> None:
     """Hand over frames until the daemon is gone, then end the process."""
     decoder = FrameDecoder()
     try:
-        while data := os.read(source, 65536):
+        while data := os.read(source, _READ_BYTES):
             for frame in decoder.feed(data):
-                inbox.put(frame)
+                (work if isinstance(frame, Generate | Embed) else inbox).put(frame)
     except (OSError, FrameError):
+        import traceback
+
         traceback.print_exc()
     # Not sys.exit: the main thread may be deep in a kernel, and nobody is left to hear it.
     os._exit(0)
+
+
+def _prepare(
+    preparation: Preparation, work: queue.SimpleQueue[Frame], inbox: queue.SimpleQueue[Said]
+) -> None:
+    """Turn requests into answers, in the order in which they came."""
+    from pinaivu_node.engine.preparation import Unprepared
+
+    while True:
+        match work.get():
+            case Generate(request=request):
+                inbox.put(preparation.prepare(request))
+            case Embed(request=embedding):
+                reason = "This model generates text; it makes no embeddings."
+                inbox.put(Unprepared(embedding.id, reason))
+            case frame:
+                raise FrameError(f"{type(frame).__name__} needs no preparation")
 
 
 def _write(target: int, frame: Frame) -> None:
@@ -165,30 +88,78 @@ def _write(target: int, frame: Frame) -> None:
         os._exit(0)  # the daemon is gone
 
 
-def _loaded(config: EngineConfig, say: Callable[[Frame], None]) -> TorchModel | None:
-    """The model, warm; None after the reason was said."""
+class _Heartbeat:
+    """Says how far loading is, and answers pings meanwhile."""
+
+    def __init__(self, say: Callable[[Frame], None], inbox: queue.SimpleQueue[Said]) -> None:
+        self._say = say
+        self._inbox = inbox
+
+    def __call__(self, progress: float, what: str) -> None:
+        self._say(Loading(progress, what))
+        while not self._inbox.empty():
+            match self._inbox.get():
+                case Ping(number=number):
+                    self._say(Pong(number))
+                case _:
+                    pass  # a cancel: nothing runs yet
+
+
+def _serve(
+    config: EngineConfig,
+    inbox: queue.SimpleQueue[Said],
+    work: queue.SimpleQueue[Frame],
+    say: Callable[[Frame], None],
+) -> None:
+    """Load the model and serve it; returns only if it cannot be loaded."""
+    progress = _Heartbeat(say, inbox)
+    progress(0.0, "starting")
     if not (config.model / "config.json").is_file():
         say(LoadFailed(f"{config.model} holds no model (no config.json): pull it again"))
-        return None
-    from pinaivu_node.engine.torch_model import LoadError, TorchModel
+        return
+    from pinaivu_node.engine.loading import LoadError, load
+    from pinaivu_node.engine.preparation import Preparation
+    from pinaivu_node.engine.step_loop import StepLoop
 
     try:
-        model = TorchModel.load(config)
-        speed = model.warm_up()
+        model = load(config, progress)
+        preparation = Preparation(model)
+        preparation.warm_up()
+        on_cpu = model.device.type == "cpu"
+        max_running = config.max_running or (_MAX_RUNNING_ON_CPU if on_cpu else _MAX_RUNNING_ON_GPU)
+        loop = StepLoop(model, config, max_running=max_running, inbox=inbox, say=say)
+        progress(0.95, "warming up")
+        tokens_per_second, ttft_ms = _warmed(loop, preparation)
     except LoadError as exc:
         say(LoadFailed(str(exc)))
-        return None
+        return
     say(
         Ready(
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
-            capacity=1,
+            capacity=max_running,
             context_window=model.context_window,
-            tokens_per_second=speed.tokens_per_second,
-            ttft_ms=speed.ttft_ms,
+            tokens_per_second=tokens_per_second,
+            ttft_ms=ttft_ms,
+            kv_blocks=model.pool.count,
         )
     )
-    return model
+    threading.Thread(target=_prepare, args=(preparation, work, inbox), daemon=True).start()
+    loop.run()
+
+
+def _warmed(loop: StepLoop, preparation: Preparation) -> tuple[float, int]:
+    """Answer a short request twice, so that no client pays for the first use of every kernel.
+
+    Tokens per second and milliseconds to the first token, of the second time.
+    """
+    speed, ttft_ms = 0.0, 0
+    for _ in range(2):
+        began = time.monotonic()
+        times = [time.monotonic() for _ in loop.answer(preparation.warm_up_answer())]
+        speed = (len(times) - 1) / max(times[-1] - times[0], 1e-6)
+        ttft_ms = round(1000 * (times[0] - began))
+    return speed, ttft_ms
 
 
 def main() -> int:
@@ -202,15 +173,14 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
 
-    inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(source, inbox), daemon=True).start()
+    inbox: queue.SimpleQueue[Said] = queue.SimpleQueue()
+    work: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(source, inbox, work), daemon=True).start()
     say = partial(_write, target)
     first = inbox.get()
     if not isinstance(first, Load):
         raise FrameError(f"the daemon began with {type(first).__name__}")
-    model = _loaded(EngineConfig.model_validate_json(first.config), say)
-    if model is not None:
-        StepLoop(model, inbox=inbox, say=say).run()
+    _serve(EngineConfig.model_validate_json(first.config), inbox, work, say)
     return 1
 
 

@@ -1,0 +1,157 @@
+"""A request to answers that can be scheduled: tokenised, checked, its grammar compiled.
+
+All of it may take long for a large or hostile request, so it happens on a thread of its own while
+the batch goes on.
+"""
+
+from __future__ import annotations
+
+import secrets
+import traceback
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Final
+
+from pinaivu_node.engine import noise
+from pinaivu_node.engine.answer import Answer, Ending
+from pinaivu_node.engine.constraint import ConstraintCompiler, Matcher
+from pinaivu_node.engine.limits import check_request
+from pinaivu_node.engine.loading import LoadedModel, LoadError
+from pinaivu_node.engine.prompts import PromptEncoder
+from pinaivu_node.engine.sampling import SequenceSampling
+from pinaivu_node.engine.sequence import Sequence
+from pinaivu_node.engine.text import AnswerText, ByteDetokenizer, WindowDetokenizer
+from pinaivu_node.engine.token_bytes import TokenBytes
+from pinaivu_node.engine.types import Constraint, GenerationRequest, PromptRefused, SamplingParams
+
+_CONTEXT_TOKENS: Final = 4
+"""End of the prompt that a detokenizer sees: enough for a leading space or a split character."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that can be run."""
+
+    request: GenerationRequest
+    answers: tuple[Answer, ...]
+    input_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unprepared:
+    """A request that can not, and why."""
+
+    request_id: str
+    reason: str
+
+
+class Preparation:
+    """What turns requests into answers, for one model.  Not for two threads at once."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._vocabulary = TokenBytes(model.tokenizer)
+        self._encoder = PromptEncoder(
+            model.tokenizer,
+            random_word=lambda: "p" + secrets.token_hex(16),
+            max_tokens=model.context_window,
+        )
+        self._compiler = ConstraintCompiler(
+            model.tokenizer, vocabulary=model.vocabulary, eos_ids=model.eos_ids
+        )
+
+    def warm_up(self) -> None:
+        """Make what the first constraint would wait for."""
+        self._compiler.warm_up()
+
+    def warm_up_answer(self) -> Prepared:
+        """A short request, to find out how fast this model is."""
+        request = GenerationRequest(
+            id="warm-up",
+            prompt=tuple([min(100, self._model.vocabulary - 1)] * 16),
+            sampling=SamplingParams(max_tokens=8, temperature=0.7, ignore_eos=True),
+        )
+        prepared = self.prepare(request)
+        if isinstance(prepared, Unprepared):
+            raise LoadError(f"this model cannot answer: {prepared.reason}")
+        return prepared
+
+    def prepare(self, request: GenerationRequest) -> Prepared | Unprepared:
+        """The request's answers, or the reason why there are none."""
+        try:
+            check_request(request, vocabulary=self._model.vocabulary)
+            prompt = self._encoder.encode(request.prompt, request.tools)
+            self._check_length(request, prompt)
+            answers = tuple(
+                self._answer(request, prompt, index) for index in range(request.sampling.n)
+            )
+        except PromptRefused as exc:
+            return Unprepared(request.id, str(exc))
+        except Exception as exc:  # noqa: BLE001 - the engine's per-request edge
+            traceback.print_exc()
+            return Unprepared(request.id, f"It cannot be prepared: {type(exc).__name__}.")
+        return Prepared(request, answers, len(prompt))
+
+    def _check_length(self, request: GenerationRequest, prompt: Ids[int]) -> None:
+        window = self._model.context_window
+        for token_id in prompt:
+            # An index beyond the weights is an exception on a CPU, the end of the process on CUDA.
+            if not 0 <= token_id < self._model.vocabulary:
+                raise PromptRefused(f"Token id {token_id} is not in the model's vocabulary.")
+        # The answer needs room for one token at least.
+        if len(prompt) + len(request.resume_token_ids) >= window:
+            raise PromptRefused(too_long(window, len(prompt)))
+
+    def _answer(self, request: GenerationRequest, prompt: Ids[int], index: int) -> Answer:
+        params = request.sampling
+        model = self._model
+        stop_ids = frozenset(params.stop_token_ids)
+        matcher = self._matcher(request)
+        if not params.ignore_eos or matcher is not None:
+            stop_ids |= model.eos_ids
+        return Answer(
+            request,
+            index=index,
+            sequence=Sequence(list(prompt), tenant=request.tenant),
+            sampling=SequenceSampling(
+                params,
+                seed=noise.answer_seed(params.seed, index),
+                prompt=prompt,
+                answer=(),
+                vocabulary=model.vocabulary,
+                device=model.device,
+            ),
+            text=self._text(request, prompt),
+            ending=Ending(stop_ids, min(model.context_window, len(prompt) + params.max_tokens)),
+            vocabulary=self._vocabulary,
+            parser=self._encoder.dialect.parser(request.tools, request_id=request.id, answer=index),
+            matcher=matcher,
+        )
+
+    def _matcher(self, request: GenerationRequest) -> Matcher | None:
+        constraint: Constraint | None = request.constraint
+        if constraint is None and request.tools is not None:
+            constraint = self._encoder.dialect.constraint(request.tools)
+        return None if constraint is None else self._compiler.compile(constraint)
+
+    def _text(self, request: GenerationRequest, prompt: Ids[int]) -> AnswerText:
+        stops = request.sampling.stop
+        if self._vocabulary.composable:
+            visible = self._encoder.dialect.visible if request.tools else ()
+            return AnswerText(ByteDetokenizer(self._vocabulary, visible=visible), stops=stops)
+        before = prompt[-_CONTEXT_TOKENS:]
+        return AnswerText(WindowDetokenizer(self._decode, before=before), stops=stops)
+
+    def _decode(self, token_ids: Ids[int]) -> str:
+        text = self._model.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+def too_long(window: int, tokens: int) -> str:
+    """The words that OpenAI's clients recognise."""
+    return (
+        f"This model's maximum context length is {window} tokens. "
+        f"However, your messages resulted in {tokens} tokens."
+    )

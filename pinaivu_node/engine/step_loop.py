@@ -1,0 +1,301 @@
+"""The engine's heart: commands in, steps of the model, one frame of events out per step.
+
+Runs on the main thread of the engine's process.  Commands are heard between steps, so nothing here
+changes under a running step, and a cancel takes effect with the next one.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+import torch
+
+from pinaivu_node.engine.answer import Answer
+from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.frames import (
+    GAUGES_INTERVAL_S,
+    Accepted,
+    Cancel,
+    Frame,
+    FrameError,
+    Gauges,
+    Ping,
+    Pong,
+    Refused,
+)
+from pinaivu_node.engine.loading import LoadedModel
+from pinaivu_node.engine.pace import Pace
+from pinaivu_node.engine.preparation import Prepared, Unprepared
+from pinaivu_node.engine.sampling import Broken, choose
+from pinaivu_node.engine.scheduler import Fit, Plan, Scheduler
+from pinaivu_node.engine.sequence import Sequence as Tokens
+from pinaivu_node.engine.types import FinishReason, StepFrame, TokenEvent
+
+_MAX_FAILURES: Final = 3
+"""Steps that fail in a row before the process gives itself up: one is a request's fault, three are
+a device in a bad state, which only a new process cures."""
+_MAX_CANCELLED: Final = 4096
+"""Requests cancelled before they were prepared; more than the daemon ever has in preparation."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request with answers to come."""
+
+    answers: list[Answer]
+    deadline: float
+    """On the monotonic clock."""
+
+
+class StepLoop:
+    """Scheduler, runner and sampler, and the requests they work on."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        max_running: int,
+        inbox: queue.SimpleQueue[Frame | Prepared | Unprepared],
+        say: Callable[[Frame], None],
+    ) -> None:
+        self._model = model
+        self._inbox = inbox
+        self._say = say
+        self._scheduler = Scheduler(model.pool, max_running=max_running)
+        self._pace = Pace(longest_chunk=config.prefill_chunk, stretch=config.stretch)
+        self._jobs: dict[str, _Job] = {}
+        self._answers: dict[Tokens, tuple[str, Answer]] = {}
+        self._cancelled: dict[str, None] = {}
+        self._failures = 0
+        self._mask = torch.zeros(max_running, -(-model.vocabulary // 32), dtype=torch.int32)
+        self._meter = _Meter()
+
+    def run(self) -> NoReturn:
+        """Serve until the process ends."""
+        while True:
+            self._hear()
+            self.step()
+
+    def answer(self, prepared: Prepared) -> Iterator[TokenEvent]:
+        """Run one request by itself, before any other; its events as they come."""
+        events: list[Frame] = []
+        said, self._say = self._say, events.append
+        self._accept(prepared)
+        while self._jobs:
+            events.clear()
+            self.step()
+            for frame in events:
+                if isinstance(frame, StepFrame):
+                    yield from frame.events
+        self._say = said
+
+    def step(self) -> None:
+        """One step, if there is anything to compute."""
+        now = time.monotonic()
+        events = self._expired(now)
+        plan = self._scheduler.plan(
+            prefill_tokens=self._pace.chunk(decoding=self._streaming()), now=now
+        )
+        if plan.chunks:
+            events += self._made(plan)
+            seconds = time.monotonic() - now
+            self._pace.measured(seconds, decoding=plan.decoding, prefill_tokens=plan.prefill_tokens)
+            self._meter.stepped(seconds, tokens=len(events))
+        if events:
+            self._say(StepFrame(tuple(events)))
+        self._say_gauges()
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        """Obey every command there is; wait for one if there is nothing else to do."""
+        while not self._jobs or not self._inbox.empty():
+            match self._inbox.get():
+                case Prepared() as prepared:
+                    self._accept(prepared)
+                case Unprepared(request_id=request_id, reason=reason):
+                    self._cancelled.pop(request_id, None)
+                    self._say(Refused(request_id, reason))
+                case Cancel(request_id=request_id):
+                    self._cancel(request_id)
+                case Ping(number=number):
+                    self._say(Pong(number))
+                case frame:
+                    raise FrameError(f"the daemon said {type(frame).__name__}")
+
+    def _accept(self, prepared: Prepared) -> None:
+        request = prepared.request
+        tokens = prepared.input_tokens + len(request.resume_token_ids)
+        if self._scheduler.fits(tokens) is Fit.NEVER:
+            self._say(Refused(request.id, "The prompt does not fit the engine's memory."))
+            return
+        self._say(Accepted(request.id, prepared.input_tokens))
+        self._meter.input_tokens += prepared.input_tokens
+        deadline_ms = request.deadline_ms
+        deadline = float("inf") if deadline_ms is None else time.monotonic() + deadline_ms / 1000
+        job = _Job(list(prepared.answers), deadline)
+        if request.id in self._cancelled:
+            del self._cancelled[request.id]
+            self._say(StepFrame(tuple(a.ended(FinishReason.CANCELLED) for a in job.answers)))
+            return
+        over = [answer for answer in job.answers if answer.finished is not None]
+        if over:
+            self._say(StepFrame(tuple(answer.over() for answer in over)))
+        job.answers = [answer for answer in job.answers if answer.finished is None]
+        if not job.answers:
+            return
+        self._jobs[request.id] = job
+        for answer in job.answers:
+            self._answers[answer.sequence] = (request.id, answer)
+            self._scheduler.add(answer.sequence)
+
+    def _cancel(self, request_id: str) -> None:
+        job = self._jobs.get(request_id)
+        if job is None:
+            # It is being prepared, or ended while the cancel was on its way.
+            self._cancelled[request_id] = None
+            if len(self._cancelled) > _MAX_CANCELLED:
+                del self._cancelled[next(iter(self._cancelled))]
+            return
+        self._say(StepFrame(tuple(self._end(job, FinishReason.CANCELLED))))
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def _streaming(self) -> int:
+        return sum(each.is_decoding for each in self._scheduler.running)
+
+    def _made(self, plan: Plan) -> list[TokenEvent]:
+        """Compute a step; what it brought."""
+        try:
+            logits = self._model.runner.compute(plan.chunks)
+            drawing = [self._answers[c.sequence][1] for c in plan.chunks if c.draws]
+            events = self._drawn(logits, drawing, plan)
+        except Exception as exc:
+            traceback.print_exc()
+            self._failures += 1
+            if self._failures >= _MAX_FAILURES or self._model.device.type != "cpu":
+                raise  # after an error on CUDA, nothing that the context says can be believed
+            self._model.pool.forget()
+            failed = [self._answers[chunk.sequence] for chunk in plan.chunks]
+            error = f"{type(exc).__name__} in a step"
+            return [self._close(*each, FinishReason.ERROR, error=error) for each in failed]
+        self._failures = 0
+        return events
+
+    def _drawn(
+        self, logits: torch.Tensor, answers: Sequence[Answer], plan: Plan
+    ) -> list[TokenEvent]:
+        draws = []
+        for row, answer in enumerate(answers):
+            allowed = None
+            if answer.matcher is not None:
+                allowed = self._mask[row]
+                answer.matcher.fill(allowed)
+            draws.append(answer.draw(allowed))
+        chosen = choose(logits, draws) if draws else []
+        self._scheduler.computed(plan)
+        events = []
+        for answer, token in zip(answers, chosen, strict=True):
+            request_id, _ = self._answers[answer.sequence]
+            if isinstance(token, Broken):
+                # Whatever made these logits may lie in the cache.
+                self._model.pool.unname(answer.sequence.blocks)
+                events.append(
+                    self._close(request_id, answer, FinishReason.ERROR, error=token.reason)
+                )
+                continue
+            events.append(answer.take(token))
+            if answer.finished is not None:
+                self._forget(request_id, answer)
+        return events
+
+    def _expired(self, now: float) -> list[TokenEvent]:
+        late = [job for job in self._jobs.values() if now > job.deadline]
+        events = []
+        for job in late:
+            events += self._end(job, FinishReason.ERROR, error="the deadline passed")
+        return events
+
+    # --- endings ----------------------------------------------------------------------------------
+
+    def _end(
+        self, job: _Job, reason: FinishReason, *, error: str | None = None
+    ) -> list[TokenEvent]:
+        """Break off every answer of a job."""
+        open_answers = [self._answers[answer.sequence] for answer in job.answers]
+        return [self._close(*each, reason, error=error) for each in open_answers]
+
+    def _close(
+        self, request_id: str, answer: Answer, reason: FinishReason, *, error: str | None = None
+    ) -> TokenEvent:
+        event = answer.ended(reason, error=error)
+        self._forget(request_id, answer)
+        return event
+
+    def _forget(self, request_id: str, answer: Answer) -> None:
+        if answer.index == 0:
+            self._meter.cached_tokens += answer.sequence.cached
+        self._scheduler.remove(answer.sequence, now=time.monotonic())
+        del self._answers[answer.sequence]
+        job = self._jobs[request_id]
+        job.answers.remove(answer)
+        if not job.answers:
+            del self._jobs[request_id]
+
+    # --- what the daemon should know --------------------------------------------------------------
+
+    def _say_gauges(self) -> None:
+        now = time.monotonic()
+        if now - self._meter.said_at < GAUGES_INTERVAL_S and self._jobs:
+            return
+        scheduler = self._scheduler
+        kv = self._model.pool.statistics(now=now)
+        queued = [*scheduler.running, *scheduler.waiting]
+        self._say(
+            Gauges(
+                running=len(scheduler.running),
+                queued=len(scheduler.waiting),
+                kv_blocks_free=kv.blocks - kv.in_use - kv.kept,
+                input_tokens=self._meter.input_tokens,
+                cached_tokens=self._meter.cached_tokens,
+                preemptions=scheduler.preemptions,
+                prefix_horizon_s=kv.horizon_s,
+                prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
+                decode_tokens_per_second=self._meter.tokens_per_second(),
+                queued_prefill_tokens=sum(
+                    each.to_compute for each in queued if not each.is_decoding
+                ),
+            )
+        )
+        self._meter.said(now)
+
+
+class _Meter:
+    """Counters between one frame of gauges and the next."""
+
+    def __init__(self) -> None:
+        self.input_tokens = 0
+        self.cached_tokens = 0
+        self.said_at = 0.0
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def stepped(self, seconds: float, *, tokens: int) -> None:
+        """A step took so long and drew so many tokens."""
+        self._seconds += seconds
+        self._tokens += tokens
+
+    def tokens_per_second(self) -> float:
+        """Since the last frame."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def said(self, now: float) -> None:
+        """A frame was sent."""
+        self.said_at = now
+        self._seconds, self._tokens = 0.0, 0
