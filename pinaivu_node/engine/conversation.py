@@ -102,9 +102,8 @@ class Conversation:
         }
 
     def _call(self, call: ToolCall) -> Turn:
-        arguments: object = _parsed(call.arguments)
-        if self._dialect.arguments_as is ArgumentsAs.TEXT or not isinstance(arguments, dict):
-            arguments = call.arguments
+        as_text = self._dialect.arguments_as is ArgumentsAs.TEXT
+        arguments: object = call.arguments if as_text else _parsed(call.arguments)
         function = {"name": call.name, "arguments": arguments}
         return {"id": _short_id(call.id), "type": "function", "function": self._deep(function)}
 
@@ -129,12 +128,13 @@ def _mapping(value: object) -> dict[str, Any]:
     return value
 
 
-def _parsed(arguments: str) -> object:
-    """The arguments; as text if a model once wrote them wrong."""
+def _parsed(arguments: str) -> dict[str, Any]:
+    """The arguments; if a model once wrote them wrong, an object that says so."""
     try:
-        return json.loads(arguments)
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
-        return arguments
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"malformed": arguments}
 
 
 def _names_of_calls(messages: Sequence[ChatMessage]) -> dict[str, str]:

@@ -114,7 +114,8 @@ class PromptEncoder:
         """The ids, and for each message how many of them the chat up to and with it settles.
 
         Another chat with the same tools that begins with the same messages begins with these ids,
-        whatever follows.  0 stands for messages too far from the end to be worth a rendering.
+        if a turn of the same role follows: some templates join turns, or put tools before the last
+        question.  0 stands for messages too far from the end to be worth a rendering.
         """
         chat, disarmed = self._chat(prompt, tools)
         rendered = self._render(chat)
