@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Final
 
 import trio
 from starlette.datastructures import Headers
@@ -32,6 +32,7 @@ from pinaivu_gateway.jobs import (
     StreamBroken,
     TextDelta,
 )
+from pinaivu_gateway.logprobs import chat_logprobs
 from pinaivu_gateway.openai_schema import ChatRequest, CompletionRequest, parse_untrusted
 from pinaivu_gateway.sse import HEADERS, PING, ChunkTemplate, event
 from pinaivu_gateway.store import UsageRow
@@ -47,6 +48,7 @@ from pinaivu_gateway.translate import (
     usage_of,
 )
 from pinaivu_node.protocol.ids import Milliseconds
+from pinaivu_node.protocol.inference import TokenLogprob
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 
 logger = logging.getLogger(__name__)
@@ -206,14 +208,16 @@ class _Answer:
 
     async def _collect(self, job: Job, reply: Reply) -> None:
         texts: list[str] = []
+        logprobs: list[TokenLogprob] = []
         async with _events(job) as events:
             async for each in events:
                 if isinstance(each, TextDelta):
                     texts.append(each.text)
+                    logprobs += each.logprobs
                     self._delivered += len(each.token_ids)
                     continue
                 finish = self._finished(each)
-                whole = reply.whole("".join(texts), finish, each.usage)
+                whole = reply.whole("".join(texts), finish, each.usage, self._logprobs_of(logprobs))
                 self._is_whole = True
                 body = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
                 await send_json(self._send, 200, body, {})
@@ -231,14 +235,19 @@ class _Answer:
             async for each in events:
                 if isinstance(each, TextDelta):
                     self._delivered += len(each.token_ids)
-                    if each.text:
-                        await self._send_events(opening + template.text(each.text))
+                    if each.text or each.logprobs:
+                        chunk = template.text(each.text, self._logprobs_of(each.logprobs))
+                        await self._send_events(opening + chunk)
                         opening = b""
                     continue
                 last = template.finish(self._finished(each), usage_of(each.usage))
                 self._is_whole = True
                 # Some clients wait for the end of the body, so it ends with the last event.
                 await self._send_events(opening + last, more=False)
+
+    def _logprobs_of(self, reported: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """What the client asked to be told, whatever the provider says of itself."""
+        return None if self._order.sampling.logprobs is None else chat_logprobs(reported)
 
     def _finished(self, event_: JobFinished) -> str:
         self._usage = event_.usage

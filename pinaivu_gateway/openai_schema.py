@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
-    model_validator,
 )
 
 from pinaivu_gateway.errors import NOT_JSON, RequestRefused, refusal, unknown_model
+from pinaivu_gateway.openai_struct import Struct, without_halves
+from pinaivu_gateway.response_format import ResponseFormat
 from pinaivu_node.protocol.ids import PeerIdField, TokenId, is_model_name
-from pinaivu_node.protocol.inference import MAX_PROMPT_CHARACTERS
+from pinaivu_node.protocol.inference import MAX_ALTERNATIVES, MAX_PROMPT_CHARACTERS
 
 MAX_MESSAGES: Final = 4096
 """As many turns as a prompt may have on the wire."""
@@ -31,52 +31,30 @@ MAX_PEERS: Final = 1024
 MAX_PROMPT_TOKENS: Final = 1 << 17
 
 
-def _without_halves(text: Any) -> Any:
-    """JSON can spell half a character; clients that cut strings do.  It becomes U+FFFD."""
-    if not isinstance(text, str) or text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _shape(value: object) -> str:
     return "~text" if isinstance(value, str) else "~list"
 
 
-Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), BeforeValidator(_without_halves)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024), BeforeValidator(_without_halves)]
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), BeforeValidator(without_halves)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024), BeforeValidator(without_halves)]
 Label = Annotated[str, Field(max_length=512)]
 
 
-class _Struct(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
-
-
-class TextPart(_Struct):
+class TextPart(Struct):
     """Part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class RefusalPart(_Struct):
+class RefusalPart(Struct):
     """What an assistant said instead of an answer; part of a history."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
-class OtherPart(_Struct):
+class OtherPart(Struct):
     """An image, audio or a file, which is refused by name; or nonsense."""
 
     type: str
@@ -100,7 +78,7 @@ Content = Annotated[
 ]
 
 
-class ChatMessage(_Struct):
+class ChatMessage(Struct):
     """One message; `tool_calls` and `function_call` only to be refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -117,7 +95,7 @@ Amount = Annotated[
 ]
 
 
-class MaxPrice(_Struct):
+class MaxPrice(Struct):
     """X per million tokens.  Both, since the network's own ceiling stands only where neither is."""
 
     model_config = ConfigDict(extra="forbid")
@@ -126,7 +104,7 @@ class MaxPrice(_Struct):
     completion: Amount
 
 
-class ProviderPreferences(_Struct):
+class ProviderPreferences(Struct):
     """Who may serve the request, and for how much."""
 
     model_config = ConfigDict(extra="forbid")
@@ -134,10 +112,10 @@ class ProviderPreferences(_Struct):
     sort: Literal["price", "balanced", "latency"] = "balanced"
     max_price: MaxPrice | None = None
     allow: Annotated[list[PeerIdField], Field(max_length=MAX_PEERS)] | None = None
-    deny: Annotated[list[PeerIdField], Field(max_length=MAX_PEERS)] = []
+    deny: Annotated[list[PeerIdField], Field(max_length=MAX_PEERS)] = Field(default_factory=list)
 
 
-class StreamOptions(_Struct):
+class StreamOptions(Struct):
     """`include_obfuscation` is accepted and has no effect: there is nothing to obfuscate."""
 
     include_usage: bool = False
@@ -154,10 +132,10 @@ def _token_ids(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-class _Generation(_Struct):
+class _Generation(Struct):
     """What both endpoints share."""
 
-    model: Annotated[str, Field(min_length=1), BeforeValidator(_without_halves)]
+    model: Annotated[str, Field(min_length=1), BeforeValidator(without_halves)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -167,7 +145,7 @@ class _Generation(_Struct):
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=1024),
         BeforeValidator(_token_ids),
-    ] = {}
+    ] = Field(default_factory=dict)
     stop: (
         Annotated[
             Annotated[Stop, Tag("~text")]
@@ -194,6 +172,9 @@ class ChatRequest(_Generation):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] = 0
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
@@ -233,9 +214,9 @@ class CompletionRequest(_Generation):
 
 R = TypeVar("R", bound=_Generation)
 
-# What is refused, unless its value asks for nothing: parameter → whether it does.
+# What is refused, unless its value asks for nothing or the endpoint offers it: parameter → whether
+# it asks for nothing.
 _NOT_OFFERED: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "n": lambda value: value == 1,
     "tools": lambda value: value == [],
     "functions": lambda value: value == [],
     "tool_choice": lambda value: value in ("none", "auto"),
@@ -250,6 +231,13 @@ _NOT_OFFERED: Final[Mapping[str, Callable[[Any], bool]]] = {
     "echo": lambda value: value is False,
     "suffix": lambda value: value == "",
     "best_of": lambda value: value == 1,
+    "n": lambda value: value == 1,
+    # False for chats, and absent for completions, where 0 already asks for the chosen token's.
+    "logprobs": lambda value: value is False,
+}
+_OFFERED: Final[Mapping[type[_Generation], frozenset[str]]] = {
+    ChatRequest: frozenset({"response_format", "logprobs", "top_logprobs"}),
+    CompletionRequest: frozenset(),
 }
 _WITH_OTHER_VALUES: Final = frozenset({"n", "response_format", "modalities", "best_of"})
 """Parameters that are understood, though not with that value."""
@@ -266,7 +254,13 @@ def parse_untrusted(body: bytes, kind: type[R]) -> R:
         raise _translated(exc) from None
     except RecursionError:
         raise refusal(f"{NOT_JSON}: it is nested too deeply.", code=None, param=None) from None
-    _refuse_what_is_not_offered(fields)
+    _refuse_what_is_not_offered(fields, _OFFERED[kind])
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise refusal(
+            "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
+            code="invalid_value",
+            param="top_logprobs",
+        )
     if request.stream_options is not None and not request.stream:
         raise refusal(
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
@@ -297,10 +291,10 @@ def _no_such_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _refuse_what_is_not_offered(fields: dict[str, Any]) -> None:
+def _refuse_what_is_not_offered(fields: dict[str, Any], offered: frozenset[str]) -> None:
     for name, asks_nothing in _NOT_OFFERED.items():
         value = fields.get(name)
-        if value is None or asks_nothing(value):
+        if value is None or name in offered or asks_nothing(value):
             continue
         is_known = name in _WITH_OTHER_VALUES
         raise refusal(
@@ -308,14 +302,6 @@ def _refuse_what_is_not_offered(fields: dict[str, Any]) -> None:
             f"{'with this value ' if is_known else ''}by this network yet.",
             code="unsupported_value" if is_known else "unsupported_parameter",
             param=name,
-        )
-    # False for chats and absent for completions, where 0 already asks for the chosen token's.
-    logprobs = fields.get("logprobs")
-    if logprobs is not None and logprobs is not False:
-        raise refusal(
-            "Unsupported parameter: 'logprobs' is not supported by this network yet.",
-            code="unsupported_parameter",
-            param="logprobs",
         )
 
 

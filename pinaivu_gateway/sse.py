@@ -44,9 +44,9 @@ class ChunkTemplate:
         self._before: Final = f'data: {self._head},"choices":[{{"index":0,{opening}'.encode(
             "utf-8", "replace"
         )
-        self._after: Final = (
-            f'{closing},"logprobs":null,"finish_reason":null}}]{self._usage}}}\n\n'.encode()
-        )
+        self._closing: Final = f'{closing},"logprobs":'.encode()
+        self._rest: Final = f',"finish_reason":null}}]{self._usage}}}\n\n'.encode()
+        self._after: Final = self._closing + b"null" + self._rest
 
     def opening(self) -> bytes:
         """The first chunk of a chat says who speaks; a completion has none."""
@@ -54,9 +54,12 @@ class ChunkTemplate:
             return b""
         return self._chunk('"delta":{"role":"assistant","content":""}', "null")
 
-    def text(self, text: str) -> bytes:
+    def text(self, text: str, logprobs: dict[str, Any] | None = None) -> bytes:
         """A chunk with more of the answer."""
-        return self._before + _encode(text).encode("utf-8", "replace") + self._after
+        chunk = self._before + _encode(text).encode("utf-8", "replace")
+        if logprobs is None:
+            return chunk + self._after
+        return chunk + self._closing + _encode(logprobs).encode("utf-8", "replace") + self._rest
 
     def finish(self, reason: str, usage: dict[str, Any]) -> bytes:
         """The end of the stream: why, how much if that was asked for, and [DONE]."""

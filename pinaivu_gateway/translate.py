@@ -17,6 +17,7 @@ from pinaivu_gateway.openai_schema import (
     OtherPart,
     TextPart,
 )
+from pinaivu_gateway.response_format import constraint_of
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
@@ -267,7 +268,17 @@ def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed:
         stop=stop,
         seed=seed if request.seed is None else request.seed,
         ignore_eos=request.ignore_eos,
+        logprobs=_logprobs(request),
+        constraint=(
+            constraint_of(request.response_format) if isinstance(request, ChatRequest) else None
+        ),
     )
+
+
+def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, ChatRequest) and request.logprobs:
+        return request.top_logprobs
+    return None
 
 
 def price_ceiling(wish: MaxPrice) -> PriceList:
@@ -315,14 +326,16 @@ class Reply:
             "request_id": self.request_id,
         }
 
-    def whole(self, text: str, finish: str, usage: TokenUsage) -> dict[str, Any]:
+    def whole(
+        self, text: str, finish: str, usage: TokenUsage, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """An answer that was not streamed."""
         said: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
             if self.is_chat
             else {"text": text}
         )
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+        choice = {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
         return {**self.head(chunk=False), "choices": [choice], "usage": usage_of(usage)}
 
 

@@ -32,6 +32,15 @@ def test_the_chunks_of_a_chat():
     )
 
 
+def test_a_chunk_with_logprobs():
+    template = ChunkTemplate(HEAD, chat=True, include_usage=False)
+    assert template.text("a", {"content": [{"token": "é"}], "refusal": None}) == (
+        OPEN
+        + b'"choices":[{"index":0,"delta":{"content":"a"},"logprobs":'
+        + '{"content":[{"token":"é"}],"refusal":null},"finish_reason":null}]}\n\n'.encode()
+    )
+
+
 def test_the_chunks_of_a_chat_with_usage():
     template = ChunkTemplate(HEAD, chat=True, include_usage=True)
     assert template.text("a").endswith(b'"finish_reason":null}],"usage":null}\n\n')
