@@ -15,16 +15,16 @@ Nothing here may be contracted or reordered: `tensor_draw.py` must get the same 
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numba import njit
 
+from pinaivu_node.engine.kernels.cut import BINS, BLOCK, EXACT, cut_by_mass, cut_by_rank, mass
 from pinaivu_node.engine.kernels.memory import float32_at, int64_at
 from pinaivu_node.engine.kernels.score import (
     INFINITE_KEY,
     MAGNITUDE,
-    WEIGHT_BITS,
     ZERO,
     exponential,
     gumbel,
@@ -33,12 +33,8 @@ from pinaivu_node.engine.kernels.score import (
     ordered,
     score_of,
     unordered,
-    weight_of,
 )
 
-EXACT: Final[dict[str, Any]] = {"cache": True, "nogil": True, "error_model": "numpy"}
-
-BLOCK: Final = 64
 MAX_TOP: Final = 20
 """Alternatives that may be reported."""
 
@@ -83,10 +79,6 @@ _MINUS_INFINITE: Final = np.int32(-0x7F800001)  # `ordered` of it
 _SMALLEST: Final = np.int32(-0x80000000)
 _MARGIN: Final = 1.0001 * 2.0**24
 """The float32 product of a quick test is right to 10⁻⁶; a token within 10⁻⁴ is looked at twice."""
-_BINS: Final = 2048
-_BINS_PER_NAT: Final = np.float32(64)
-_WEIGHTLESS: Final = -28.0
-"""Under this score a weight is less than 2⁻⁴⁰."""
 
 
 @njit(inline="always")
@@ -115,6 +107,14 @@ def _scan(x_at, width, tops):
     return top, magnitude <= _INFINITE and top < _INFINITE
 
 
+@njit(inline="always")
+def _highest(tops):
+    top = tops[0]
+    for block in range(1, len(tops)):
+        top = max(top, tops[block])
+    return unordered(top)
+
+
 @njit(**EXACT)
 def _first(x_at, width, tops, top):
     """The lowest id whose logit is the largest."""
@@ -125,27 +125,6 @@ def _first(x_at, width, tops, top):
                 if ordered(x[i]) == top:
                     return i
     return -1
-
-
-@njit(**EXACT)
-def _adjust(row, whole, real):
-    """Bias and penalties of the tokens that have any, in place."""
-    ids, values, stride = (
-        int64_at(whole[IDS_AT]),
-        float32_at(whole[VALUES_AT]),
-        whole[VALUES_STRIDE],
-    )
-    repetition, frequency = np.float32(real[REPETITION]), np.float32(real[FREQUENCY])
-    presence = np.float32(real[PRESENCE])
-    for j in range(whole[ADJUSTED]):
-        x = np.float32(row[ids[j]] + values[j])
-        count = values[stride + j]
-        if values[2 * stride + j] > ZERO:
-            x = np.float32(x / repetition) if x > ZERO else np.float32(x * repetition)
-        x = np.float32(x - np.float32(frequency * count))
-        if count > ZERO:
-            x = np.float32(x - presence)
-        row[ids[j]] = x
 
 
 @njit(**EXACT)
@@ -163,130 +142,26 @@ def _forbid(row_at, width, words_at, words):
 
 
 @njit(**EXACT)
-def mass(x_at, width, top, temperature):
-    """All weights together."""
-    x = float32_at(x_at)
-    total = np.int64(0)
-    for i in range(width):
-        total += weight_of(score_of(x[i], top, temperature))
-    return total
-
-
-@njit(**EXACT)
-def _select(keys, weights, count, need, histogram):
-    """The key at which weights, summed up in ascending order of keys, reach `need`.
-
-    Returned with how many of those that have this very key are needed.  All of them weigh the same.
-    """
-    prefix, before = np.int64(0), np.int64(0)
-    tied = np.int64(1)
-    for level in range(3):
-        shift, bits = 20 - 10 * level, 11 if level == 0 else 10
-        histogram[: 1 << bits] = 0
-        for j in range(count):
-            key = np.int64(keys[j])
-            if key >> (shift + bits) == prefix:
-                histogram[(key >> shift) & ((1 << bits) - 1)] += weights[j]
-        at = 0
-        while before + histogram[at] < need:
-            before += histogram[at]
-            at += 1
-        prefix = (prefix << bits) | at
-    for j in range(count):
-        if keys[j] == prefix:
-            tied = weights[j]
-            break
-    return prefix, (need - before + tied - 1) // tied
-
-
-@njit(**EXACT)
-def _id_of_tie(keys, ids, count, key, rank):
-    for j in range(count):
-        if keys[j] == key:
-            rank -= 1
-            if rank == 0:
-                return np.int64(ids[j])
-    return np.int64(-1)
-
-
-@njit(inline="always")
-def _needed(top_p, total):
-    return min(max(np.int64(math.ceil(top_p * np.float64(total))), np.int64(1)), total)
-
-
-@njit(**EXACT)
-def _cut_by_rank(x_at, width, tops, scale, real, top_k, lists, histogram):
-    """The last (key, id) of the top_k likeliest, and of these of the nucleus."""
-    x, (top, temperature) = float32_at(x_at), scale
-    keys, ids, weights = lists
-    bound = np.int64(_INFINITE) - 1
-    if top_k <= len(tops):
-        # As many blocks hold a token at least as likely as the k-th best of the blocks' best.
-        for block in range(len(tops)):
-            keys[block] = key_of(score_of(unordered(tops[block]), top, temperature))
-            weights[block] = 1
-        bound = min(bound, _select(keys, weights, len(tops), top_k, histogram)[0])
-    count = 0
-    for block in range(len(tops)):
-        if key_of(score_of(unordered(tops[block]), top, temperature)) <= bound:
-            for i in range(block * BLOCK, min(width, (block + 1) * BLOCK)):
-                key = key_of(score_of(x[i], top, temperature))
-                if key <= bound:
-                    keys[count], ids[count], weights[count] = key, i, 1
-                    count += 1
-    key, rank = _select(keys, weights, count, min(top_k, count), histogram)
-    last = _id_of_tie(keys, ids, count, key, rank)
-    if real[TOP_P] >= 1.0:
-        return key, last
-    kept, total = 0, np.int64(0)
-    for j in range(count):
-        if keys[j] < key or (keys[j] == key and ids[j] <= last):
-            weight = weight_of(-np.int32(keys[j]).view(np.float32))
-            keys[kept], ids[kept], weights[kept] = keys[j], ids[j], weight
-            total += weight
-            kept += 1
-    key, rank = _select(keys, weights, kept, _needed(real[TOP_P], total), histogram)
-    return key, _id_of_tie(keys, ids, kept, key, rank)
-
-
-@njit(inline="always")
-def _bin(score):
-    return min(np.int64(np.float32(-score * _BINS_PER_NAT)), np.int64(_BINS - 1))
-
-
-@njit(**EXACT)
-def _cut_by_mass(x_at, width, tops, scale, real, lists, histogram):
-    """The last (key, id) of the fewest tokens that hold top_p of all weight."""
-    x, (top, temperature) = float32_at(x_at), scale
-    keys, ids, weights = lists
-    total = mass(x_at, width, top, temperature)
-    need = _needed(real[TOP_P], total)
-    # Tokens under `bound` together weigh less than what the nucleus leaves out.
-    left_out = (1.0 - real[TOP_P]) * (np.float64(total) * 2.0**-WEIGHT_BITS) / width
-    bound = np.float32(_WEIGHTLESS)
-    if left_out > 1e-9:
-        bound = max(bound, np.float32(math.log(left_out) - 0.001))
-    histogram[:] = 0
-    for block in range(len(tops)):
-        if score_of(unordered(tops[block]), top, temperature) >= bound:
-            for i in range(block * BLOCK, min(width, (block + 1) * BLOCK)):
-                score = score_of(x[i], top, temperature)
-                if score >= bound:
-                    histogram[_bin(score)] += weight_of(score)
-    at, before = 0, np.int64(0)
-    while before + histogram[at] < need:
-        before += histogram[at]
-        at += 1
-    count = 0
-    for block in range(len(tops)):
-        if _bin(max(score_of(unordered(tops[block]), top, temperature), bound)) <= at:
-            for i in range(block * BLOCK, min(width, (block + 1) * BLOCK)):
-                score = score_of(x[i], top, temperature)
-                if score >= bound and _bin(score) == at:
-                    keys[count], ids[count], weights[count] = key_of(score), i, weight_of(score)
-                    count += 1
-    key, rank = _select(keys, weights, count, need - before, histogram)
-    return key, _id_of_tie(keys, ids, count, key, rank)
+def _adjust(raw_at, row, whole, real):
+    """The row with biases, penalties and the constraint."""
+    raw = float32_at(raw_at)
+    for i in range(len(row)):
+        row[i] = raw[i]
+    ids, values = int64_at(whole[IDS_AT]), float32_at(whole[VALUES_AT])
+    stride = whole[VALUES_STRIDE]
+    repetition, frequency = np.float32(real[REPETITION]), np.float32(real[FREQUENCY])
+    presence = np.float32(real[PRESENCE])
+    for j in range(whole[ADJUSTED]):
+        x = np.float32(row[ids[j]] + values[j])
+        count = values[stride + j]
+        if values[2 * stride + j] > ZERO:
+            x = np.float32(x / repetition) if x > ZERO else np.float32(x * repetition)
+        x = np.float32(x - np.float32(frequency * count))
+        if count > ZERO:
+            x = np.float32(x - presence)
+        row[ids[j]] = x
+    if whole[MASK_AT] != 0:
+        _forbid(row.ctypes.data, len(row), whole[MASK_AT], whole[MASK_WORDS])
 
 
 @njit(inline="always")
@@ -356,42 +231,54 @@ def _likeliest(x_at, width, tops, wanted, ids, values):
 
 
 @njit(**EXACT)
-def _draw(x_at, width, tops, first, top, whole, real, lists, histogram):
-    temperature = np.float32(real[TEMPERATURE])
-    scale = (unordered(top), temperature)
+def _draw(x_at, width, tops, first, top, settings, scratch):
+    whole, real = settings
+    scale = (unordered(top), np.float32(real[TEMPERATURE]))
     cut = (np.int64(_INFINITE) - 1, np.int64(width))
     if 0 < whole[TOP_K] < width:
-        cut = _cut_by_rank(x_at, width, tops, scale, real, whole[TOP_K], lists, histogram)
+        cut = cut_by_rank(x_at, width, tops, scale, (whole[TOP_K], real[TOP_P]), scratch)
     elif real[TOP_P] < 1.0:
-        cut = _cut_by_mass(x_at, width, tops, scale, real, lists, histogram)
+        cut = cut_by_mass(x_at, width, scale, real[TOP_P], scratch)
     if whole[MIN_KEY] < cut[0]:
         cut = (whole[MIN_KEY], np.int64(width))
     return _race(x_at, width, tops, scale, first, np.uint64(whole[STREAM]), cut)
 
 
 @njit(**EXACT)
+def _report(x_at, width, tops, wanted, scratch, out_whole, out_real):
+    """What logprobs are made of, from the logits as they came."""
+    highest = _highest(tops)
+    out_whole[TOTAL] = mass(x_at, width, (highest, np.float32(1)), scratch[0])
+    out_real[HIGHEST] = highest
+    out_real[CHOSEN] = float32_at(x_at)[out_whole[TOKEN]]
+    if wanted > 0:
+        out_whole[LISTED] = _likeliest(
+            x_at, width, tops, wanted, out_whole[LIST:], out_real[OUT_REAL_LIST:]
+        )
+
+
+@njit(**EXACT)
 def draw(logits_at, width, whole, real, out_whole, out_real):
     """A token for each row of logits; `whole` and `real` say how, the others take what came out.
 
-    Temperature 0 takes the likeliest.  The caller has checked every shape, id and address.
+    Temperature 0 takes the likeliest.  The caller has checked every shape, id and address, and has
+    filled what comes out with zeros.
     """
     blocks = (width + BLOCK - 1) // BLOCK
     tops, raw_tops = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
-    lists = (np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.int64))
-    histogram, adjusted = np.empty(_BINS, np.int64), np.empty(width, np.float32)
+    adjusted, weights = np.empty(width, np.float32), np.empty(width, np.float32)
+    scratch = (
+        weights.ctypes.data,
+        (np.empty(width, np.int32), np.empty(width, np.int64), np.empty(width, np.int64)),
+        np.empty(BINS, np.int64),
+    )
     for row in range(len(whole)):
         raw_at = logits_at + row * width * 4
-        raw = float32_at(raw_at)
         x_at, row_tops = raw_at, raw_tops
-        raw_top, good = _scan(raw_at, width, raw_tops)
-        top = raw_top
+        top, good = _scan(raw_at, width, raw_tops)
         if good and (whole[row, ADJUSTED] > 0 or whole[row, MASK_AT] != 0):
             x_at, row_tops = adjusted.ctypes.data, tops
-            for i in range(width):
-                adjusted[i] = raw[i]
-            _adjust(adjusted, whole[row], real[row])
-            if whole[row, MASK_AT] != 0:
-                _forbid(x_at, width, whole[row, MASK_AT], whole[row, MASK_WORDS])
+            _adjust(raw_at, adjusted, whole[row], real[row])
             top, good = _scan(x_at, width, tops)
         if not good:
             out_whole[row, STATUS] = NOT_FINITE
@@ -401,17 +288,9 @@ def draw(logits_at, width, whole, real, out_whole, out_real):
             continue
         token = _first(x_at, width, row_tops, top)
         if real[row, TEMPERATURE] > 0.0:
-            token = _draw(
-                x_at, width, row_tops, token, top, whole[row], real[row], lists, histogram
-            )
-        out_whole[row, STATUS], out_whole[row, TOKEN] = FINE, token
-        if whole[row, REPORTED] >= 0:
-            highest = unordered(raw_top)
-            out_whole[row, TOTAL] = mass(raw_at, width, highest, np.float32(1))
-            out_real[row, HIGHEST], out_real[row, CHOSEN] = highest, raw[token]
-            out_whole[row, LISTED] = 0
-            if whole[row, REPORTED] > 0:
-                out_whole[row, LISTED] = _likeliest(
-                    raw_at, width, raw_tops, whole[row, REPORTED],
-                    out_whole[row, LIST:], out_real[row, OUT_REAL_LIST:],
-                )  # fmt: skip
+            settings = (whole[row], real[row])
+            token = _draw(x_at, width, row_tops, token, top, settings, scratch)
+        out_whole[row, TOKEN] = token
+        wanted = whole[row, REPORTED]
+        if wanted >= 0:
+            _report(raw_at, width, raw_tops, wanted, scratch, out_whole[row], out_real[row])

@@ -92,12 +92,18 @@ def exponential(score):
 
 
 @njit(inline="always")
-def weight_of(score):
-    """Exp of a score in whole 2⁻⁴⁰, rounded down."""
-    bits = np.float32(exponential(score)).view(np.int32)
+def whole(x):
+    """A float of at most 1 in whole 2⁻⁴⁰, rounded down."""
+    bits = np.float32(x).view(np.int32)
     mantissa = np.int64(np.int32(np.int32(bits & _MANTISSA) | _LEADING_ONE))
     shift = np.int64(np.int32(np.int32(127) - np.int32(bits >> np.int32(23))))
     return (mantissa << np.int64(WEIGHT_BITS - 23)) >> min(shift, np.int64(63))
+
+
+@njit(inline="always")
+def weight_of(score):
+    """Exp of a score in whole 2⁻⁴⁰, rounded down."""
+    return whole(exponential(score))
 
 
 @njit(inline="always")
