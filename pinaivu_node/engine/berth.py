@@ -164,14 +164,19 @@ class Berth:
         life, self.life = self.life, None
         return life
 
-    def measured(self, size: int | None, *, fresh: bool = False) -> None:
-        """Note what its engine takes now, if that is known.
+    def measured(self, size: int, *, fresh: bool, budget: int | None) -> None:
+        """Note what its engine takes now.
 
         Fresh from the disk it may turn out to need less than was thought; later only more, because
-        what an idle engine does not touch it may touch again.
+        what an idle engine does not touch it may touch again.  What it has not touched yet does not
+        make a model too large that runs.
         """
-        if size is not None:
-            self.need = size + self.model.spare if fresh else max(self.need, size)
+        if not fresh:
+            self.need = max(self.need, size)
+        elif budget is None:
+            self.need = size + self.model.spare
+        else:
+            self.need = max(size, min(size + self.model.spare, budget))
 
 
 def _unknown(context_window: int) -> EngineStatistics:

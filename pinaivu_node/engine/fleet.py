@@ -272,8 +272,9 @@ class Fleet:
 
     def _measure(self, berth: Berth, *, fresh: bool = False) -> None:
         engine = None if berth.life is None else berth.life.engine
-        if engine is not None:
-            berth.measured(self._memory_of(engine), fresh=fresh)
+        size = None if engine is None else self._memory_of(engine)
+        if size is not None:
+            berth.measured(size, fresh=fresh, budget=self.config.budget)
 
     def _relieve(self) -> None:
         """Send idle models away if what is in memory turned out to be too much."""

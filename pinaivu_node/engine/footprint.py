@@ -14,7 +14,7 @@ from pinaivu_node.engine.config import EngineConfig
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30
-_PROCESS: Final = 600 * _MIB
+_PROCESS: Final = 700 * _MIB
 """An engine process before it has weights: the interpreter, torch, transformers, a tokenizer."""
 _WORK: Final = 256 * _MIB
 """Activations and logits of a step."""

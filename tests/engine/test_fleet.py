@@ -362,6 +362,22 @@ async def test_what_is_measured_corrects_what_was_estimated(autojump_clock, disk
         assert set(residences(engines).values()) == {WARM}, "7 each: all three fit"
 
 
+async def test_what_a_model_has_not_touched_does_not_make_it_too_large(autojump_clock, disk):
+    async with fleet_of(disk, budget=10, spare=5, memory_of=lambda _: 8) as (_, engines):
+        await settle(engines)
+        for name in "abab":
+            await answer(engines[name])
+        assert disk.most == 10
+
+
+async def test_a_model_that_takes_more_than_there_may_be_leaves_for_good(autojump_clock, disk):
+    async with fleet_of(disk, budget=10, memory_of=lambda _: 11) as (_, engines):
+        await answer(engines["a"])
+        with pytest.raises(EngineDead, match="a cannot be loaded: it needs"):
+            await answer(engines["a"])
+        assert not engines["a"].statistics().ready
+
+
 async def test_a_model_that_grew_makes_the_idle_leave_when_it_is_done(autojump_clock, disk):
     sizes = {}
     async with fleet_of(disk, memory_of=lambda engine: sizes.get(engine._name)) as (_, engines):

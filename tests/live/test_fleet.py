@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import trio
+from devnets import NODE, devnet
 from rich.console import Console
 
 from pinaivu_node.engine.berth import FleetModel
@@ -102,3 +105,28 @@ async def test_two_models_take_turns_where_only_one_fits():
         assert seen == sorted(seen)
         assert len(engine_processes()) == 1
     assert not engine_processes()
+
+
+def standings(home):
+    command = [*NODE, "status", "--home", str(home / "provider-1"), "--json"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return {each["model"]: each["standing"] for each in json.loads(said)["models"]}
+
+
+def test_a_node_with_memory_for_one_of_its_models_sells_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("PINAIVU_MEMORY_BUDGET_GB", "3.6")
+    with devnet(tmp_path, "--providers", "1", "--model", SMALL, "--model", LARGE) as network:
+        at_first = standings(network.home)
+        assert at_first[SMALL]["residence"] == "warm", "the first in the list"
+        assert at_first[LARGE]["residence"] == "cold"
+        assert at_first[LARGE]["delay_ms"] > 1000
+        assert network.chat()["choices"][0]["message"]["content"]
+        body = {"model": LARGE, "prompt": "The capital of France is", "max_tokens": 8}
+        with network.http() as client:
+            answer = client.post("/completions", json=body | {"temperature": 0})
+        assert answer.status_code == 200, answer.text
+        assert "France" in answer.json()["choices"][0]["text"]
+        now = standings(network.home)
+        assert now[LARGE]["residence"] == "warm"
+        assert now[SMALL]["residence"] == "cold"
+        assert network.chat()["choices"][0]["message"]["content"], "and back again"
