@@ -302,7 +302,7 @@ def test_draws_follow_the_distribution(temperature, size):
     weights = [math.exp(x / temperature) for x in logits]
     probabilities = [weight / sum(weights) for weight in weights]
     for seed in (1, 2):
-        chosen = draws(logits, count=40_000, temperature=temperature, seed=seed)
+        chosen = draws(logits, count=12_000, temperature=temperature, seed=seed)
         assert chi_square(chosen, probabilities) < CRITICAL[size]
 
 

@@ -2,7 +2,7 @@
 
 A cut is the last token that stays, as its key and its id: lower keys are likelier, and of equal
 keys the lower id goes first.  Blocks of the row whose best token is out are skipped.  `scratch` is
-room for a row's exponentials (an address), for three lists of tokens, and for a histogram.
+room for a row's exponentials, for three lists of tokens, and for a histogram.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-any-return"
@@ -168,15 +168,16 @@ def _reach(histogram_at, need):
 @njit(**EXACT)
 def cut_by_mass(x_at, width, scale, top_p, scratch):
     """The cut after the fewest tokens that hold `top_p` of all weight."""
-    x, (top, temperature), exponentials = float32_at(x_at), scale, float32_at(scratch[0])
-    _, (keys, ids, weights), histogram = scratch
-    total = mass(x_at, width, scale, scratch[0])
+    x, (top, temperature) = float32_at(x_at), scale
+    exponentials, (keys, ids, weights), histogram = scratch
+    exponentials_at = exponentials.ctypes.data
+    total = mass(x_at, width, scale, exponentials_at)
     need = _needed(top_p, total)
     # Tokens under `bound` together weigh less than what the nucleus leaves out.
     left_out = (1.0 - top_p) * np.float64(total) * 2.0**-WEIGHT_BITS
     bound = np.float32(max(0.999 * left_out / width - 1e-12, 0.999 * 2.0**-WEIGHT_BITS))
     ids_at, bins_at, histogram_at = ids.ctypes.data, weights.ctypes.data, histogram.ctypes.data
-    count = _at_least(scratch[0], width, bound, ids_at)
+    count = _at_least(exponentials_at, width, bound, ids_at)
     bins, sums = int64_at(bins_at), int64_at(histogram_at)
     histogram[:] = 0
     for j in range(count):

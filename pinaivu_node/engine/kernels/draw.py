@@ -248,7 +248,7 @@ def _draw(x_at, width, tops, first, top, settings, scratch):
 def _report(x_at, width, tops, wanted, scratch, out_whole, out_real):
     """What logprobs are made of, from the logits as they came."""
     highest = _highest(tops)
-    out_whole[TOTAL] = mass(x_at, width, (highest, np.float32(1)), scratch[0])
+    out_whole[TOTAL] = mass(x_at, width, (highest, np.float32(1)), scratch[0].ctypes.data)
     out_real[HIGHEST] = highest
     out_real[CHOSEN] = float32_at(x_at)[out_whole[TOKEN]]
     if wanted > 0:
@@ -266,9 +266,10 @@ def draw(logits_at, width, whole, real, out_whole, out_real):
     """
     blocks = (width + BLOCK - 1) // BLOCK
     tops, raw_tops = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
-    adjusted, weights = np.empty(width, np.float32), np.empty(width, np.float32)
+    # Whose addresses are passed on must be held by a name that outlives that.
+    adjusted = np.empty(width, np.float32)
     scratch = (
-        weights.ctypes.data,
+        np.empty(width, np.float32),
         (np.empty(width, np.int32), np.empty(width, np.int64), np.empty(width, np.int64)),
         np.empty(BINS, np.int64),
     )
