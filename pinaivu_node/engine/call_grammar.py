@@ -21,6 +21,8 @@ _GUIDANCE: Final = {
     # A small model may write spaces for ever; sixteen indent eight levels.
     "whitespace_pattern": r"[ \n\t]{0,16}",
 }
+_WORDS: Final = frozenset({"$comment", "description", "title"})
+_DATA: Final = frozenset({"const", "default", "enum", "examples"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,4 +171,16 @@ def _property(schema: Mapping[str, Any], value: object) -> str:
 
 
 def _embedded(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": _GUIDANCE}, ensure_ascii=False)
+    bare = _without_words(schema) | {"x-guidance": _GUIDANCE}
+    return "%json " + json.dumps(bare, ensure_ascii=False)
+
+
+def _without_words(schema: Any) -> Any:
+    """The schema without what it tells only to readers: half of many, and nothing to a grammar."""
+    if isinstance(schema, dict):
+        return {
+            key: value if key in _DATA else _without_words(value)
+            for key, value in schema.items()
+            if not (key in _WORDS and isinstance(value, str))  # else it is a property of that name
+        }
+    return [_without_words(item) for item in schema] if isinstance(schema, list) else schema

@@ -51,18 +51,18 @@ class Dialect:
     loose: tuple[int, ...] = ()
     """Other tokens that are no ordinary text to a grammar, and that an answer may hold."""
 
-    @property
-    def visible(self) -> frozenset[int]:
+    def visible(self, use: ToolUse | None) -> frozenset[int]:
         """Special tokens that the detokenizer must show to the parser, which hides them."""
-        return frozenset(self.tokens[mark] for mark in self.special)
+        return frozenset(self.tokens[mark] for mark in self.special if _may_call(use))
 
     def constraint(self, use: ToolUse) -> Constraint | None:
         """A grammar under which every call is one of a tool there is, with arguments of its schema;
         with REQUIRED, under which there is a call.  None where the answer may be anything.
 
-        A schema that no grammar can be made of is refused later, where the grammar is compiled.
+        A schema that no grammar can be made of is found out where the grammar is compiled; with
+        AUTO the answer may then go on without one.
         """
-        if use.choice is ToolChoice.NONE or not use.tools:
+        if not _may_call(use):
             return None
         return grammar(self.syntax.form, use, tokens=self.tokens, loose=self.loose)
 
@@ -70,7 +70,7 @@ class Dialect:
         self, use: ToolUse | None, *, request_id: str, answer: int = 0
     ) -> ToolCallParser | None:
         """A reader of one answer; None if the answer is text whatever it looks like."""
-        if use is None or use.choice is ToolChoice.NONE or not use.tools:
+        if use is None or not _may_call(use):
             return None
         return ToolCallParser(
             self.syntax.openers,
@@ -79,6 +79,10 @@ class Dialect:
             request_id=request_id,
             answer=answer,
         )
+
+
+def _may_call(use: ToolUse | None) -> bool:
+    return use is not None and use.choice is not ToolChoice.NONE and bool(use.tools)
 
 
 HERMES: Final = Syntax(

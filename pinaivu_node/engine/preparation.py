@@ -22,7 +22,13 @@ from pinaivu_node.engine.sampling import SequenceSampling
 from pinaivu_node.engine.sequence import Sequence
 from pinaivu_node.engine.text import AnswerText, ByteDetokenizer, WindowDetokenizer
 from pinaivu_node.engine.token_bytes import TokenBytes
-from pinaivu_node.engine.types import Constraint, GenerationRequest, PromptRefused, SamplingParams
+from pinaivu_node.engine.types import (
+    GenerationRequest,
+    PromptRefused,
+    SamplingParams,
+    ToolChoice,
+    ToolUse,
+)
 
 _CONTEXT_TOKENS: Final = 4
 """End of the prompt that a detokenizer sees: enough for a leading space or a split character."""
@@ -129,15 +135,23 @@ class Preparation:
         )
 
     def _matcher(self, request: GenerationRequest) -> Matcher | None:
-        constraint: Constraint | None = request.constraint
-        if constraint is None and request.tools is not None:
-            constraint = self._encoder.dialect.constraint(request.tools)
-        return None if constraint is None else self._compiler.compile(constraint)
+        if request.constraint is not None:
+            return self._compiler.compile(request.constraint)
+        return None if request.tools is None else self._calls(request.tools)
+
+    def _calls(self, tools: ToolUse) -> Matcher | None:
+        constraint = self._encoder.dialect.constraint(tools)
+        try:
+            return None if constraint is None else self._compiler.compile(constraint)
+        except PromptRefused:
+            if tools.choice is ToolChoice.AUTO:  # a call is then hoped for, as everywhere else
+                return None
+            raise
 
     def _text(self, request: GenerationRequest, prompt: Ids[int]) -> AnswerText:
         stops = request.sampling.stop
         if self._vocabulary.composable:
-            visible = self._encoder.dialect.visible if request.tools else ()
+            visible = self._encoder.dialect.visible(request.tools)
             return AnswerText(ByteDetokenizer(self._vocabulary, visible=visible), stops=stops)
         before = prompt[-_CONTEXT_TOKENS:]
         return AnswerText(WindowDetokenizer(self._decode, before=before), stops=stops)

@@ -60,7 +60,7 @@ def random_answer(name, use, *, seed):
         hurry = closing and (dice.random() < 0.3 or len(token_ids) > 300)
         token_ids.append(dice.choice(closing if hurry else allowed))
         assert matcher.consume_token(token_ids[-1])
-    detokenizer = ByteDetokenizer(TokenBytes(tokenizer), visible=dialect.visible)
+    detokenizer = ByteDetokenizer(TokenBytes(tokenizer), visible=dialect.visible(use))
     text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
     return read(dialect.parser(use, request_id="r"), text)
 
@@ -162,3 +162,20 @@ def test_odd_schemas_make_no_broken_grammar_of_ours(name, schema):
     alone = json.dumps(json.loads(schema) | {"x-guidance": {"lenient": True}})
     if not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(alone)):
         assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(text), vocabulary) == ""
+
+
+def test_words_to_readers_make_no_grammar_longer_and_data_is_left_alone():
+    properties = {
+        "description": {"type": "string", "description": "x" * 5000},
+        "title": {"enum": [{"title": "T", "description": "D"}]},
+    }
+    schema = json.dumps({"type": "object", "title": "y" * 5000, "properties": properties})
+    use = ToolUse((Tool("f", "", schema),), ToolChoice.REQUIRED)
+    _, dialect, _ = model("hermes")
+    assert len(dialect.constraint(use).text) < 1000
+    call = (
+        '<tool_call>\n{"name": "f", "arguments": {"description": "a", "title": %s}}\n</tool_call>'
+    )
+    good = call % '{"title": "T", "description": "D"}'
+    assert follows("hermes", use, good) == (good, True)
+    assert not follows("hermes", use, call % '{"title": "U"}')[1]

@@ -396,10 +396,11 @@ def test_a_model_is_of_the_family_whose_calls_its_template_writes(name):
     assert (dialect.syntax.name, dialect.native) == (family.dialect, family.native)
 
 
-def test_special_tokens_of_a_family_are_made_visible_to_the_parser():
+def test_special_tokens_of_a_family_are_made_visible_to_the_parser_and_to_nobody_else():
     tokenizer = FAMILIES["mistral"].tokenizer()
     dialect = dialect_of(tokenizer)
-    assert dialect.visible == frozenset(
-        tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"])
-    )
-    assert dialect_of(make_tokenizer()).visible == frozenset()
+    marks = tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"])
+    assert dialect.visible(ToolUse(TOOLS)) == frozenset(marks)
+    for use in (None, ToolUse(TOOLS, ToolChoice.NONE), ToolUse(())):
+        assert dialect.visible(use) == frozenset()
+    assert dialect_of(make_tokenizer()).visible(ToolUse(TOOLS)) == frozenset()
