@@ -36,6 +36,7 @@ from pinaivu_gateway.logprobs import chat_logprobs
 from pinaivu_gateway.openai_schema import ChatRequest, CompletionRequest, parse_untrusted
 from pinaivu_gateway.sse import HEADERS, PING, ChunkTemplate, event
 from pinaivu_gateway.store import UsageRow
+from pinaivu_gateway.tools import CallsSaid, tool_use_of
 from pinaivu_gateway.translate import (
     FINISH_REASONS,
     Chance,
@@ -101,7 +102,11 @@ class Completions:
         if isinstance(request, CompletionRequest):
             return completion_order(request, chance, limits())
         turns = chat_turns(request.messages)
-        return chat_order(request, turns, chance, limits(fingerprint_chain(key.tenant, turns)))
+        tools = tool_use_of(
+            request.tools, request.tool_choice, parallel=request.parallel_tool_calls
+        )
+        fingerprints = fingerprint_chain(key.tenant, turns, tools)
+        return chat_order(request, turns, chance, limits(fingerprints), tools=tools)
 
 
 @contextlib.asynccontextmanager
@@ -209,15 +214,23 @@ class _Answer:
     async def _collect(self, job: Job, reply: Reply) -> None:
         texts: list[str] = []
         logprobs: list[TokenLogprob] = []
+        calls = CallsSaid(self._order.request_id)
         async with _events(job) as events:
             async for each in events:
                 if isinstance(each, TextDelta):
                     texts.append(each.text)
                     logprobs += each.logprobs
+                    calls.deltas(each.tool_calls)
                     self._delivered += len(each.token_ids)
                     continue
                 finish = self._finished(each)
-                whole = reply.whole("".join(texts), finish, each.usage, self._logprobs_of(logprobs))
+                whole = reply.whole(
+                    "".join(texts),
+                    finish,
+                    each.usage,
+                    logprobs=self._logprobs_of(logprobs),
+                    calls=calls.whole(),
+                )
                 self._is_whole = True
                 body = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
                 await send_json(self._send, 200, body, {})
@@ -231,13 +244,18 @@ class _Answer:
         )
         await self._begin_stream()
         opening = template.opening()
+        calls = CallsSaid(self._order.request_id)
         async with _events(job) as events:
             async for each in events:
                 if isinstance(each, TextDelta):
                     self._delivered += len(each.token_ids)
+                    chunks = b""
                     if each.text or each.logprobs:
-                        chunk = template.text(each.text, self._logprobs_of(each.logprobs))
-                        await self._send_events(opening + chunk)
+                        chunks = template.text(each.text, self._logprobs_of(each.logprobs))
+                    if each.tool_calls:
+                        chunks += template.calls(calls.deltas(each.tool_calls))
+                    if chunks:
+                        await self._send_events(opening + chunks)
                         opening = b""
                     continue
                 last = template.finish(self._finished(each), usage_of(each.usage))

@@ -22,6 +22,7 @@ from pydantic import (
 from pinaivu_gateway.errors import NOT_JSON, RequestRefused, refusal, unknown_model
 from pinaivu_gateway.openai_struct import Struct, without_halves
 from pinaivu_gateway.response_format import ResponseFormat
+from pinaivu_gateway.tools import CallId, Choice, MessageCalls, Tools
 from pinaivu_node.protocol.ids import PeerIdField, TokenId, is_model_name
 from pinaivu_node.protocol.inference import MAX_ALTERNATIVES, MAX_PROMPT_CHARACTERS
 
@@ -79,12 +80,13 @@ Content = Annotated[
 
 
 class ChatMessage(Struct):
-    """One message; `tool_calls` and `function_call` only to be refused."""
+    """One message; `function_call` only to be refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     refusal: Text | None = None
-    tool_calls: Any = None
+    tool_calls: MessageCalls = Field(default_factory=list)
+    tool_call_id: CallId = ""
     function_call: Any = None
 
 
@@ -173,6 +175,9 @@ class ChatRequest(_Generation):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] = 0
     metadata: (
@@ -236,7 +241,7 @@ _NOT_OFFERED: Final[Mapping[str, Callable[[Any], bool]]] = {
     "logprobs": lambda value: value is False,
 }
 _OFFERED: Final[Mapping[type[_Generation], frozenset[str]]] = {
-    ChatRequest: frozenset({"response_format", "logprobs", "top_logprobs"}),
+    ChatRequest: frozenset({"response_format", "logprobs", "top_logprobs", "tools", "tool_choice"}),
     CompletionRequest: frozenset(),
 }
 _WITH_OTHER_VALUES: Final = frozenset({"n", "response_format", "modalities", "best_of"})

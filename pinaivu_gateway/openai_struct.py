@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from pinaivu_gateway.errors import refusal
+from pinaivu_node.protocol.inference import MAX_CONSTRAINT_CHARACTERS
 
 
 class Struct(BaseModel):
@@ -29,3 +33,22 @@ def without_halves(text: Any) -> Any:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def schema_text(schema: dict[str, Any], *, param: str) -> str:
+    """A schema as it travels; RequestRefused, naming `param`, if it is too large."""
+    try:
+        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise refusal(
+            f"Invalid '{param}': it is nested too deeply.", code="invalid_value", param=param
+        ) from None
+    if len(text) > MAX_CONSTRAINT_CHARACTERS:
+        raise refusal(
+            f"Invalid '{param}': {len(text)} characters are over the limit of "
+            f"{MAX_CONSTRAINT_CHARACTERS}.",
+            code="string_above_max_length",
+            param=param,
+        )
+    whole: str = without_halves(text)
+    return whole

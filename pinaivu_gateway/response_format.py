@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Final, Literal, assert_never
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from pinaivu_gateway.errors import refusal
-from pinaivu_gateway.openai_struct import Struct, without_halves
-from pinaivu_node.protocol.inference import (
-    MAX_CONSTRAINT_CHARACTERS,
-    Constraint,
-    ConstraintKind,
-)
+from pinaivu_gateway.openai_struct import Struct, schema_text
+from pinaivu_node.protocol.inference import Constraint, ConstraintKind
 
 _TYPES: Final = ("text", "json_object", "json_schema")
 _SCHEMA: Final = "response_format.json_schema.schema"
@@ -76,24 +70,8 @@ def constraint_of(wanted: PlainText | JsonObject | JsonSchema | None) -> Constra
         case JsonSchema(json_schema=named):
             if not named.schema_:
                 return Constraint(kind=ConstraintKind.JSON_OBJECT)
-            return Constraint(kind=ConstraintKind.JSON_SCHEMA, text=_text_of(named.schema_))
+            return Constraint(
+                kind=ConstraintKind.JSON_SCHEMA, text=schema_text(named.schema_, param=_SCHEMA)
+            )
         case _:
             assert_never(wanted)
-
-
-def _text_of(schema: dict[str, Any]) -> str:
-    try:
-        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        raise refusal(
-            f"Invalid '{_SCHEMA}': it is nested too deeply.", code="invalid_value", param=_SCHEMA
-        ) from None
-    if len(text) > MAX_CONSTRAINT_CHARACTERS:
-        raise refusal(
-            f"Invalid '{_SCHEMA}': {len(text)} characters are over the limit of "
-            f"{MAX_CONSTRAINT_CHARACTERS}.",
-            code="string_above_max_length",
-            param=_SCHEMA,
-        )
-    whole: str = without_halves(text)
-    return whole

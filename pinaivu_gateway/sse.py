@@ -61,6 +61,10 @@ class ChunkTemplate:
             return chunk + self._after
         return chunk + self._closing + _encode(logprobs).encode("utf-8", "replace") + self._rest
 
+    def calls(self, deltas: list[dict[str, Any]]) -> bytes:
+        """A chunk with more of a chat's tool calls."""
+        return self._chunk(f'"delta":{{"tool_calls":{_encode(deltas)}}}', "null")
+
     def finish(self, reason: str, usage: dict[str, Any]) -> bytes:
         """The end of the stream: why, how much if that was asked for, and [DONE]."""
         last = '"delta":{}' if self._is_chat else '"text":""'

@@ -18,6 +18,7 @@ from pinaivu_gateway.openai_schema import (
     TextPart,
 )
 from pinaivu_gateway.response_format import constraint_of
+from pinaivu_gateway.tools import most_tokens_of_calls, most_tokens_of_tools, wire_calls
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
@@ -33,6 +34,7 @@ from pinaivu_node.protocol.inference import (
     Finish,
     Prompt,
     Sampling,
+    ToolUse,
 )
 from pinaivu_node.protocol.market import JobKind, Preference
 from pinaivu_node.protocol.money import PriceList, TokenUsage
@@ -90,22 +92,25 @@ def chat_turns(messages: Sequence[ChatMessage]) -> tuple[ChatTurn, ...]:
             system.append(text)
         else:
             role = "tool" if message.role == "function" else message.role
-            turns.append(ChatTurn(role=role, content=text))
+            calls = wire_calls(message.tool_calls if role == "assistant" else ())
+            answers = message.tool_call_id if role == "tool" else ""
+            turns.append(ChatTurn(role=role, content=text, tool_calls=calls, tool_call_id=answers))
     if system:
         turns.insert(0, ChatTurn(role="system", content="\n\n".join(system)))
     return tuple(turns)
 
 
 def _text_of(message: ChatMessage, path: str) -> str:
-    for name in ("tool_calls", "function_call"):
-        if getattr(message, name) not in (None, []):
-            raise refusal(
-                f"Unsupported parameter: '{path}.{name}' is not supported by this network yet.",
-                code="unsupported_parameter",
-                param=f"{path}.{name}",
-            )
+    if message.function_call not in (None, []):
+        raise refusal(
+            f"Unsupported parameter: '{path}.function_call' is not supported by this network.",
+            code="unsupported_parameter",
+            param=f"{path}.function_call",
+        )
     content = message.content
     if content is None:
+        if message.role == "assistant" and message.tool_calls:
+            return message.refusal or ""
         if message.role == "assistant" and message.refusal is not None:
             return message.refusal
         raise refusal(
@@ -128,19 +133,27 @@ def _text_of(message: ChatMessage, path: str) -> str:
 
 
 def chat_order(
-    request: ChatRequest, turns: tuple[ChatTurn, ...], chance: Chance, limits: Limits
+    request: ChatRequest,
+    turns: tuple[ChatTurn, ...],
+    chance: Chance,
+    limits: Limits,
+    *,
+    tools: ToolUse | None = None,
 ) -> JobOrder:
-    """The order for a chat whose turns were made before, since fingerprints are made of them."""
+    """The order for a chat; its turns and tools come apart, as fingerprints are made of them."""
     size = sum(len(turn.content.encode()) for turn in turns)
-    _check_size(size, "messages")
+    most = most_tokens_of_tools(tools)
+    most += sum(most_tokens_of_calls(turn.tool_calls) for turn in turns)
+    _check_size(size + most, "messages")
     return _order(
         request,
-        Prompt(nonce=chance.nonce, turns=turns),
+        Prompt(nonce=chance.nonce, turns=turns, tools=tools),
         chance,
         limits,
         # A token covers at least one byte of text, so there cannot be more of them.
-        input_limit=size + TOKENS_PER_MESSAGE * len(turns) + TOKENS_PER_PROMPT,
-        input_estimate=size // 4 + 8 * len(turns) + 16,
+        input_limit=size + most + TOKENS_PER_MESSAGE * len(turns) + TOKENS_PER_PROMPT,
+        # Of spelled-out tools, half is space and brackets, of which a token covers many.
+        input_estimate=size // 4 + most // 8 + 8 * len(turns) + 16,
     )
 
 
@@ -327,14 +340,22 @@ class Reply:
         }
 
     def whole(
-        self, text: str, finish: str, usage: TokenUsage, logprobs: dict[str, Any] | None = None
+        self,
+        text: str,
+        finish: str,
+        usage: TokenUsage,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        calls: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
         """An answer that was not streamed."""
-        said: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.is_chat
-            else {"text": text}
-        )
+        said: dict[str, Any] = {"text": text}
+        if self.is_chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                # Without calls the key is absent: clients take its presence for a call.
+                message |= {"content": text or None, "tool_calls": calls}
+            said = {"message": message}
         choice = {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
         return {**self.head(chunk=False), "choices": [choice], "usage": usage_of(usage)}
 

@@ -59,7 +59,7 @@ PURE = {
     ],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
-        "fingerprints", "openai_struct", "response_format", "logprobs",
+        "fingerprints", "openai_struct", "response_format", "logprobs", "tools",
     ],
 }  # fmt: skip
 

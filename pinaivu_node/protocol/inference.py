@@ -83,7 +83,7 @@ def _is_unset(value: object) -> bool:
 
 ToolName = Annotated[str, Field(min_length=1, max_length=64)]
 """As long as OpenAI's."""
-CallId = Annotated[str, Field(max_length=64)]
+CallId = Annotated[str, Field(max_length=256)]
 Arguments = Annotated[str, Field(max_length=65536)]
 
 

@@ -101,7 +101,7 @@ def create(client: openai.OpenAI, **fields: Any) -> Any:
         ({"model": "org/name"}, openai.NotFoundError, "model_not_found"),
         ({"temperature": 3}, openai.BadRequestError, "integer_above_max_value"),
         ({"n": 2}, openai.BadRequestError, "unsupported_value"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "missing_required_parameter"),
     ],
 )
 async def test_refusals_are_the_clients_own_exceptions(counter: Counter, fields, error, code):

@@ -86,7 +86,6 @@ def test_parts_are_joined_and_roles_kept():
         (user([{"type": "input_audio"}]), "messages[1].content[0]"),
         ({"role": "user"}, "messages[1].content"),
         ({"role": "assistant", "content": None}, "messages[1].content"),
-        ({"role": "assistant", "tool_calls": [{}]}, "messages[1].tool_calls"),
         ({"role": "assistant", "content": "x", "function_call": {}}, "messages[1].function_call"),
     ],
 )

@@ -9,7 +9,14 @@ from http_side import events_of, http_side, opened, said_over_http
 from town import Town
 from warm_engine import WarmEngine
 
-from pinaivu_node.engine.types import Constraint, ConstraintKind
+from pinaivu_node.engine.types import (
+    ChatMessage,
+    Constraint,
+    ConstraintKind,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+)
 
 SCHEMA = {"type": "object", "properties": {"ü": {"type": "integer"}}, "required": ["ü"]}
 
@@ -58,3 +65,55 @@ async def test_a_response_format_reaches_the_engine(
         await said_over_http(client, key, "Hello", response_format=wanted)
     [request] = engine.asked
     assert request.constraint == constraint
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+
+
+async def test_tools_are_called_streamed_or_not(town: Town, tmp_path, autojump_clock) -> None:
+    engine = WarmEngine()
+    engine.calls = (
+        ToolCallDelta(0, "call_1", "weather", '{"ü": '),
+        ToolCallDelta(0, arguments="5}"),
+    )
+    market = await opened(town, engine)
+    asked = {"tools": [WEATHER], "tool_choice": "required"}
+    async with http_side(market, tmp_path) as (client, (key, _)):
+        whole = (await said_over_http(client, key, "Hello", **asked)).json()
+        streamed = events_of(await said_over_http(client, key, "Hello", stream=True, **asked))
+    [choice] = whole["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    [call] = choice["message"]["tool_calls"]
+    assert call == {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"ü": 5}'},
+    }
+    choices = [json.loads(each)["choices"][0] for each in streamed[:-1]]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    deltas = [piece for each in choices for piece in each["delta"].get("tool_calls", ())]
+    assert deltas[0]["id"] == "call_1"
+    assert "".join(each["function"]["arguments"] for each in deltas) == '{"ü": 5}'
+    assert engine.asked[0].tools is not None
+    assert engine.asked[0].tools.choice is ToolChoice.REQUIRED
+
+
+async def test_what_was_called_is_part_of_the_next_turn(
+    town: Town, tmp_path, autojump_clock
+) -> None:
+    engine = WarmEngine()
+    market = await opened(town, engine)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_call_id": "c1"},
+    ]
+    async with http_side(market, tmp_path) as (client, (key, _)):
+        await said_over_http(client, key, messages=messages, tools=[WEATHER])
+    [request] = engine.asked
+    assert request.prompt == (
+        ChatMessage("user", "What is the weather?"),
+        ChatMessage("assistant", "", (ToolCall("c1", "weather", "{}"),)),
+        ChatMessage("tool", "rain", tool_call_id="c1"),
+    )
