@@ -3,8 +3,9 @@
 A row is scanned once for the largest logit of each block of 64.  What follows skips blocks by that:
 a greedy row is done, the cut of a nucleus is found by histogram, never by sorting, and the draw is
 a race.  With weight w = eˢ and noise u a token's Gumbel key s − ln(−ln u) beats the best key K only
-if −ln u < w·e⁻ᴷ, hence only if 1 − u < w·e⁻ᴷ.  That compares one hash with one product, eight or
-sixteen tokens at a time; the few that pass are decided by the definition, in double precision.
+if −ln u < w·e⁻ᴷ, hence only if 1 − u < w·e⁻ᴷ.  With the largest w of a block that compares hashes
+with one number, several at a time; the few blocks and tokens that pass are looked at one by one, at
+last by the definition, in double precision.
 
 Weights are whole numbers of 2⁻⁴⁰, so sums do not depend on their order and are the same anywhere.
 Nothing here may be contracted or reordered: `tensor_draw.py` must get the same bits.
@@ -165,19 +166,30 @@ def _adjust(raw_at, row, whole, real):
 
 
 @njit(inline="always")
-def _may_win(x, scale, stream, token, limit):
-    """Whether a token could be the best one so far; never wrong when it says no."""
-    weight = exponential(score_of(x, scale[0], scale[1]))
-    rest = np.int32(~hashed(stream, token) >> np.uint64(40))
-    return np.float32(rest) <= np.float32(weight * limit)
+def _most(score, limit):
+    """What the rest of a hash must not exceed for a token of this score to win; never too little.
+
+    The rest is 1 − u in whole 2⁻²⁴, rounded down.
+    """
+    return np.uint64(np.float32(exponential(score) * limit))
 
 
 @njit(inline="always")
-def _hits(x, start, count, scale, stream, limit):
-    hits = np.int32(0)
+def _rest(stream, token):
+    return ~hashed(stream, token) >> np.uint64(40)
+
+
+@njit(inline="always")
+def _hits(start, count, stream, most):
+    hits = np.uint64(0)
     for i in range(start, start + count):
-        hits += np.int32(_may_win(x[i], scale, stream, i, limit))
+        hits += np.uint64(_rest(stream, i) <= most)
     return hits
+
+
+@njit(inline="always")
+def _limit(best):
+    return np.float32(math.exp(-best) * _MARGIN)
 
 
 @njit(**EXACT)
@@ -185,27 +197,28 @@ def _race(x_at, width, tops, scale, first, stream, cut):
     """The token with the largest score plus noise, of those up to the cut."""
     x, (top, temperature), (last_key, last_id) = float32_at(x_at), scale, cut
     winner, best = first, gumbel(stream, first)
-    limit = np.float32(math.exp(-best) * _MARGIN)
+    limit = _limit(best)
     for block in range(len(tops)):
-        if key_of(score_of(unordered(tops[block]), top, temperature)) > last_key:
+        highest = score_of(unordered(tops[block]), top, temperature)
+        if key_of(highest) > last_key:
             continue
-        start = block * BLOCK
+        start, most = block * BLOCK, _most(highest, limit)
         if start + BLOCK <= width:
-            hits = _hits(x, start, BLOCK, scale, stream, limit)
+            hits = _hits(start, BLOCK, stream, most)
         else:
-            hits = _hits(x, start, width - start, scale, stream, limit)
+            hits = _hits(start, width - start, stream, most)
         if hits == 0:
             continue
         for i in range(start, min(width, start + BLOCK)):
-            if not _may_win(x[i], scale, stream, i, limit):
-                continue
             score = score_of(x[i], top, temperature)
             key = key_of(score)
-            if key < last_key or (key == last_key and i <= last_id):
+            if key > last_key or (key == last_key and i > last_id):
+                continue
+            if _rest(stream, i) <= _most(score, limit):
                 final = np.float64(score) + gumbel(stream, i)
                 if final > best or (final == best and i < winner):
                     winner, best = i, final
-                    limit = np.float32(math.exp(-best) * _MARGIN)
+                    limit = _limit(best)
     return winner
 
 
