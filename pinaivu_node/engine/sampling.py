@@ -305,37 +305,3 @@ def _outcome(draw: Draw, whole: list[int], real: list[float]) -> Chosen | Broken
         real[columns.CHOSEN] - highest - rest,
         tuple((i, value - highest - rest) for i, value in zip(ids, values, strict=True)),
     )
-
-
-class Sampler:
-    """Chooses the tokens of one sequence, one at a time."""
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        *,
-        prompt: Sequence[int],
-        vocabulary: int,
-        device: torch.device,
-    ) -> None:
-        self._state = SequenceSampling(
-            params,
-            seed=params.seed,
-            prompt=prompt,
-            answer=(),
-            vocabulary=vocabulary,
-            device=device,
-        )
-
-    def observe(self, token_id: int) -> None:
-        """Count a token of the answer, chosen here or delivered before."""
-        self._state.observe(token_id)
-
-    def choose(self, logits: torch.Tensor, *, position: int) -> int:
-        """The token for this position, from one row of logits; ArithmeticError if there is none."""
-        (outcome,) = choose(logits.float().unsqueeze(0), [Draw(self._state, position)])
-        match outcome:
-            case Chosen(token_id=token_id):
-                return token_id
-            case Broken(reason=reason):
-                raise ArithmeticError(reason)
