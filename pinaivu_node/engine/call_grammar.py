@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pinaivu_node.engine.tagged_calls import is_text
 from pinaivu_node.engine.types import Constraint, ConstraintKind, Tool, ToolChoice, ToolUse
 
 _GUIDANCE: Final = {
@@ -51,8 +52,16 @@ class PythonForm:
     last: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TaggedForm(Form):
+    """A form in which each argument stands between tags, strings without quotes."""
+
+
+AnyForm = Form | PythonForm
+
+
 def grammar(
-    form: Form | PythonForm, use: ToolUse, *, tokens: Mapping[str, int], loose: Sequence[int] = ()
+    form: AnyForm, use: ToolUse, *, tokens: Mapping[str, int], loose: Sequence[int] = ()
 ) -> Constraint | None:
     """What an answer with these tools is; None if it may be anything.
 
@@ -115,7 +124,9 @@ class _Lark:
         """Everything after the opener: one call or, if they may be parallel, more."""
         for number, tool in enumerate(tools):
             name = json.dumps(tool.name) if form.quoted else tool.name
-            self.rule(f"tool_{number}", self.fixed(name + form.middle), _json(tool))
+            tagged = isinstance(form, TaggedForm)
+            arguments = self._tagged(f"tool_{number}", tool) if tagged else _json(tool)
+            self.rule(f"tool_{number}", self.fixed(name + form.middle), arguments)
         any_tool = "(" + " | ".join(f"tool_{number}" for number in range(len(tools))) + ")"
         call = self.rule("call", self.fixed(form.head), any_tool, self.fixed(form.tail))
         more = f"({self.fixed(form.between)} {call})*" if parallel else ""
@@ -131,28 +142,54 @@ class _Lark:
         return self.rule("calls", '"["', call, more, '"]"', self.fixed(form.last))
 
     def _keywords(self, tool_rule: str, tool: Tool) -> str:
-        """`a=…, b=…`: the required ones, then any of the others, in the schema's order."""
-        schema = json.loads(tool.parameters)
-        properties = schema.get("properties")
-        if not isinstance(properties, dict):
-            return ""
-        required = schema.get("required")
-        needed = [name for name in properties if isinstance(required, list) and name in required]
-        others = [name for name in properties if name not in needed]
+        """`a=…, b=…`: the required ones, then any of the others."""
         # Rules from the last keyword to the first: `first` before any was written, `more` after.
-        names = [name for name in needed + others if name.isidentifier()]
         first, more = '""', '""'
-        for number, name in reversed(list(enumerate(names))):
+        arguments = [found for found in _arguments(tool) if found[0].isidentifier()]
+        for number, (name, schema, needed) in reversed(list(enumerate(arguments))):
             here = f"{tool_rule}_{number}"
-            value = self.rule(here, _quoted(name + "="), _property(schema, properties[name]))
+            value = self.rule(here, _quoted(name + "="), _embedded(schema))
             written_first, written_more = f"{value} {more}", f'", " {value} {more}'
-            if name in needed:
+            if needed:
                 first = self.rule(f"{here}_first", written_first)
                 more = self.rule(f"{here}_more", written_more)
             else:
                 first = self.rule(f"{here}_first", f"{written_first} | {first}")
                 more = self.rule(f"{here}_more", f"{written_more} | {more}")
         return first
+
+    def _tagged(self, tool_rule: str, tool: Tool) -> str:
+        """The required arguments, then any of the others, each between its tags."""
+        written = []
+        end = "\n</parameter>\n"
+        for number, (name, schema, needed) in enumerate(_arguments(tool)):
+            if {"<", ">", "\n"} & set(name):
+                continue  # no tag can say it
+            enum = schema.get("enum")
+            if not is_text(schema):
+                value = f"{_embedded(schema)} {_quoted(end)}"
+            elif isinstance(enum, list) and all(isinstance(choice, str) for choice in enum):
+                value = "(" + " | ".join(map(_quoted, enum)) + f") {_quoted(end)}"
+            else:
+                # Up to the first closing tag, wherever it is: that is what a reader does.
+                text = f"{tool_rule}_{number}_text"
+                self.rules.append(f'{text}[suffix="</parameter>"]: /(.|\\n)*/')
+                value = f'{text} "\\n"'
+            here = self.rule(f"{tool_rule}_{number}", _quoted(f"<parameter={name}>\n"), value)
+            written.append(here if needed else here + "?")
+        return " ".join(written)
+
+
+def _arguments(tool: Tool) -> list[tuple[str, dict[str, Any], bool]]:
+    """Name, schema and whether it is required; these first, else in the schema's order."""
+    schema = json.loads(tool.parameters)
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return []
+    required = schema.get("required")
+    needed = [name for name in properties if isinstance(required, list) and name in required]
+    others = [name for name in properties if name not in needed]
+    return [(name, _property(schema, properties[name]), name in needed) for name in needed + others]
 
 
 def _quoted(text: str) -> str:
@@ -164,10 +201,10 @@ def _json(tool: Tool) -> str:
     return _embedded(schema)
 
 
-def _property(schema: Mapping[str, Any], value: object) -> str:
+def _property(schema: Mapping[str, Any], value: object) -> dict[str, Any]:
     """One property's schema, with the definitions of the whole."""
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return _embedded((value if isinstance(value, dict) else {}) | definitions)
+    return (value if isinstance(value, dict) else {}) | definitions
 
 
 def _embedded(schema: Mapping[str, Any]) -> str:

@@ -36,6 +36,10 @@ class Sink(Protocol):
         """Whether there is such a tool."""
         ...
 
+    def schema(self, name: str) -> Mapping[str, Any]:
+        """Of the arguments of a tool there is."""
+        ...
+
     def begin(self, name: str) -> None:
         """A call begins; raises Malformed if there is no such tool."""
         ...
@@ -52,24 +56,26 @@ class Sink(Protocol):
 Reader = Callable[[Sink], Read[None]]
 
 
-def _need(holds: bool) -> None:  # noqa: FBT001 - reads as a sentence
+def need(holds: bool) -> None:  # noqa: FBT001 - reads as a sentence
+    """Raise Malformed unless it holds."""
     if not holds:
         raise Malformed
 
 
-def _solid() -> Read[str]:
+def solid() -> Read[str]:
     """The next character that is not space."""
     while (letter := (yield)) in _SPACE:
         pass
     return letter
 
 
-def _literal(text: str) -> Read[None]:
+def literal(text: str) -> Read[None]:
+    """Exactly this."""
     for wanted in text:
-        _need((yield) == wanted)
+        need((yield) == wanted)
 
 
-def _until(*ends: str) -> Read[tuple[str, str]]:
+def until(*ends: str, most: int = _MAX_WORD) -> Read[tuple[str, str]]:
     """What comes before the first of the ends, and which end it was."""
     word = ""
     while True:
@@ -77,7 +83,7 @@ def _until(*ends: str) -> Read[tuple[str, str]]:
         for end in ends:
             if word.endswith(end):
                 return word.removesuffix(end), end
-        _need(len(word) <= _MAX_WORD)
+        need(len(word) <= most)
 
 
 def _value(first: str, emit: Callable[[str], None]) -> Read[str]:
@@ -87,9 +93,9 @@ def _value(first: str, emit: Callable[[str], None]) -> Read[str]:
     while scanner.push(letter):
         emit(letter)
         if scanner.done:
-            return (yield from _solid())
+            return (yield from solid())
         letter = yield
-    return (yield from _solid()) if letter in _SPACE else letter
+    return (yield from solid()) if letter in _SPACE else letter
 
 
 def _kept(first: str) -> Read[tuple[Any, str]]:
@@ -98,7 +104,7 @@ def _kept(first: str) -> Read[tuple[Any, str]]:
 
     def keep(letter: str) -> None:
         letters.append(letter)
-        _need(len(letters) <= _MAX_LIST)
+        need(len(letters) <= _MAX_LIST)
 
     after = yield from _value(first, keep)
     try:
@@ -114,7 +120,7 @@ def _object(value: Any) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError) as exc:
             raise Malformed from exc
-    _need(value is None or isinstance(value, dict))
+    need(value is None or isinstance(value, dict))
     return json.dumps(value or {}, ensure_ascii=False)
 
 
@@ -132,37 +138,37 @@ class _Fields:
         """From after the first brace to the last; the sink has the whole call then."""
         yield from self._fields()
         if not self._begun:
-            _need(self._name is not None)
+            need(self._name is not None)
             self._sink.begin(str(self._name))
             self._sink.arguments(self._early or "{}")
         self._sink.end()
 
     def _fields(self) -> Read[None]:
-        letter = yield from _solid()
+        letter = yield from solid()
         while letter != "}":
-            _need(letter == '"')
-            key, _ = yield from _until('"')
-            _need((yield from _solid()) == ":")
-            letter = yield from self._field(key, (yield from _solid()))
+            need(letter == '"')
+            key, _ = yield from until('"')
+            need((yield from solid()) == ":")
+            letter = yield from self._field(key, (yield from solid()))
             if letter == ",":
-                letter = yield from _solid()
-                _need(letter == '"')
+                letter = yield from solid()
+                need(letter == '"')
             else:
-                _need(letter == "}")
+                need(letter == "}")
 
     def _field(self, key: str, first: str) -> Read[str]:
-        _need(key in _KEYS)  # an answer in JSON that is no call is noticed at its first key
+        need(key in _KEYS)  # an answer in JSON that is no call is noticed at its first key
         if key in _ARGUMENTS and not self._begun and self._early is None:
             return (yield from self._arguments(first))
         if key == "function" and first == "{":  # the call as the API writes it
             yield from self._fields()
-            return (yield from _solid())
+            return (yield from solid())
         value, after = yield from _kept(first)
         if key in ("name", "function") and self._name is None:
-            _need(isinstance(value, str))
+            need(isinstance(value, str))
             self._name = value
         else:
-            _need(key in ("id", "type"))
+            need(key in ("id", "type"))
         return after
 
     def _arguments(self, first: str) -> Read[str]:
@@ -180,24 +186,24 @@ def _one_or_list(sink: Sink, first: str) -> Read[None]:
     if first == "{":
         yield from _Fields(sink).read()
         return
-    _need(first == "[")
+    need(first == "[")
     while True:
-        _need((yield from _solid()) == "{")
+        need((yield from solid()) == "{")
         yield from _Fields(sink).read()
-        letter = yield from _solid()
+        letter = yield from solid()
         if letter == "]":
             return
-        _need(letter == ",")
+        need(letter == ",")
 
 
 def in_tags(closer: str) -> Reader:
     """`{…}` or a list of them, up to the closing mark."""
 
     def read(sink: Sink) -> Read[None]:
-        yield from _one_or_list(sink, (yield from _solid()))
-        while (letter := (yield from _solid())) != closer[0]:
+        yield from _one_or_list(sink, (yield from solid()))
+        while (letter := (yield from solid())) != closer[0]:
             yield from _one_or_list(sink, letter)
-        yield from _literal(closer[1:])
+        yield from literal(closer[1:])
 
     return read
 
@@ -206,15 +212,15 @@ def bare_object(sink: Sink) -> Read[None]:
     """Llama: `{…}`, more of them after semicolons or space; its brace was the opening mark."""
     while True:
         yield from _Fields(sink).read()
-        letter = yield from _solid()
+        letter = yield from solid()
         if letter in ";,":
-            letter = yield from _solid()
-        _need(letter == "{")
+            letter = yield from solid()
+        need(letter == "{")
 
 
 def after_python_tag(sink: Sink) -> Read[None]:
     """Llama's other way: the same after a special token."""
-    _need((yield from _solid()) == "{")
+    need((yield from solid()) == "{")
     yield from bare_object(sink)
 
 
@@ -225,15 +231,15 @@ def list_of_objects(sink: Sink) -> Read[None]:
 
 def mistral(sink: Sink) -> Read[None]:
     """`[{…}]` as old models write it; `name[ARGS]{…}` as newer ones do, some with a call id."""
-    letter = yield from _solid()
+    letter = yield from solid()
     if letter in "[{":
         yield from _one_or_list(sink, letter)
         return
-    name, end = yield from _until("[CALL_ID]", "[ARGS]", "{")
+    name, end = yield from until("[CALL_ID]", "[ARGS]", "{")
     name = (letter + name).strip()
     if end == "[CALL_ID]":
-        _, end = yield from _until("[ARGS]")
-    _need(end == "{" or (yield from _solid()) == "{")
+        _, end = yield from until("[ARGS]")
+    need(end == "{" or (yield from solid()) == "{")
     sink.begin(name)
     yield from _exactly("{", sink)
     sink.end()
@@ -266,33 +272,33 @@ _ANY_CALL: Final = _CALL_END[: _CALL_END.index("call") + len("call")]
 
 def deepseek(sink: Sink) -> Read[None]:
     """Name and object with marks between; R1 and V3 put the object into a fence."""
-    _need((yield from _solid()) == _CALL_BEGIN[0])
-    yield from _literal(_CALL_BEGIN[1:])
+    need((yield from solid()) == _CALL_BEGIN[0])
+    yield from literal(_CALL_BEGIN[1:])
     while True:
-        name, _ = yield from _until(_SEPARATOR)
-        letter = yield from _solid()
+        name, _ = yield from until(_SEPARATOR)
+        letter = yield from solid()
         fenced = letter != "{"
         if fenced:
-            rest, _ = yield from _until("\n")
+            rest, _ = yield from until("\n")
             name = letter + rest
-            yield from _literal("```json")
-            _need((yield from _solid()) == "{")
+            yield from literal("```json")
+            need((yield from solid()) == "{")
         sink.begin(name.strip())
         yield from _exactly("{", sink)
         sink.end()
-        letter = yield from _solid()
+        letter = yield from solid()
         if fenced:
-            _need(letter == "`")
-            yield from _literal("``")
-            letter = yield from _solid()
-        _need(letter == _CALL_END[0])
-        yield from _literal(_CALL_END[1:])
-        _need((yield from _solid()) == "<")
-        yield from _literal(_ANY_CALL[1:])
+            need(letter == "`")
+            yield from literal("``")
+            letter = yield from solid()
+        need(letter == _CALL_END[0])
+        yield from literal(_CALL_END[1:])
+        need((yield from solid()) == "<")
+        yield from literal(_ANY_CALL[1:])
         if (yield) == "s":
-            yield from _literal(_CALLS_END[len(_ANY_CALL) + 1 :])
+            yield from literal(_CALLS_END[len(_ANY_CALL) + 1 :])
             return
-        yield from _literal(_CALL_BEGIN[len(_ANY_CALL) + 1 :])
+        yield from literal(_CALL_BEGIN[len(_ANY_CALL) + 1 :])
 
 
 def pythonic(sink: Sink) -> Read[None]:
@@ -304,7 +310,7 @@ def pythonic(sink: Sink) -> Read[None]:
     while depth:
         letter = yield
         text += letter
-        _need(len(text) <= _MAX_LIST)
+        need(len(text) <= _MAX_LIST)
         if quote:
             if letter == "\\":
                 text += yield
@@ -314,9 +320,9 @@ def pythonic(sink: Sink) -> Read[None]:
             quote = letter
         else:
             depth += (letter in "[({") - (letter in "])}")
-        _need(quote != "" or depth < 100)
+        need(quote != "" or depth < 100)
     calls = _python_calls(text)
-    _need(all(sink.knows(name) for name, _ in calls))
+    need(all(sink.knows(name) for name, _ in calls))
     for name, arguments in calls:
         sink.begin(name)
         sink.arguments(json.dumps(arguments, ensure_ascii=False))
@@ -327,10 +333,10 @@ def pythonic_within(closer: str) -> Reader:
     """The same between marks."""
 
     def read(sink: Sink) -> Read[None]:
-        _need((yield from _solid()) == "[")
+        need((yield from solid()) == "[")
         yield from pythonic(sink)
-        _need((yield from _solid()) == closer[0])
-        yield from _literal(closer[1:])
+        need((yield from solid()) == closer[0])
+        yield from literal(closer[1:])
 
     return read
 
@@ -340,7 +346,7 @@ def _python_calls(text: str) -> list[tuple[str, Mapping[str, Any]]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # "\\d" is the model's, not ours
             tree = ast.parse(text, mode="eval").body
-        _need(isinstance(tree, ast.List) and bool(tree.elts))
+        need(isinstance(tree, ast.List) and bool(tree.elts))
         return [_python_call(call) for call in tree.elts]  # type: ignore[attr-defined]
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as exc:
         raise Malformed from exc

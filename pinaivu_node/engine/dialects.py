@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pinaivu_node.engine import call_syntax
-from pinaivu_node.engine.call_grammar import Form, PythonForm, grammar
+from pinaivu_node.engine import call_syntax, tagged_calls
+from pinaivu_node.engine.call_grammar import AnyForm, Form, PythonForm, TaggedForm, grammar
 from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ArgumentsAs, ChatTemplate, shared
 from pinaivu_node.engine.tool_calls import Opener, ToolCallParser
 from pinaivu_node.engine.types import Constraint, Tool, ToolChoice, ToolUse
@@ -28,7 +28,7 @@ class Syntax:
 
     name: str
     openers: tuple[Opener, ...]
-    form: Form | PythonForm
+    form: AnyForm
     marks: tuple[str, ...] = ()
     """Beside the openers, what stands between the parts of calls and may be a special token."""
     sign: str = ""
@@ -94,6 +94,19 @@ HERMES: Final = Syntax(
         ', "arguments": ',
         "}\n</tool_call>",
         between="\n<tool_call>",
+    ),
+    marks=("</tool_call>",),
+)
+QWEN_CODER: Final = Syntax(
+    "qwen-coder",
+    (Opener("<tool_call>", tagged_calls.tagged),),
+    TaggedForm(
+        "<tool_call>",
+        "\n<function=",
+        ">\n",
+        "</function>\n</tool_call>",
+        between="\n<tool_call>",
+        quoted=False,
     ),
     marks=("</tool_call>",),
 )
@@ -180,7 +193,8 @@ PYTHONIC: Final = Syntax(
     "pythonic", (Opener("[", call_syntax.pythonic, at_start=True),), PythonForm()
 )
 SYNTAXES: Final = (
-    HERMES, PHI, MISTRAL, MISTRAL_LIST, DEEPSEEK_FENCED, DEEPSEEK, LLAMA, BARE, LIQUID, PYTHONIC,
+    HERMES, QWEN_CODER, PHI, MISTRAL, MISTRAL_LIST, DEEPSEEK_FENCED, DEEPSEEK, LLAMA, BARE, LIQUID,
+    PYTHONIC,
 )  # fmt: skip
 """Tried in this order: those with marks before those that begin with any brace."""
 

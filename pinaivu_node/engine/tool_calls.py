@@ -13,14 +13,15 @@ their places in it: an answer that is taken up elsewhere goes on with the same c
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from pinaivu_node.engine.call_syntax import Read, Reader
 from pinaivu_node.engine.json_scan import Malformed
-from pinaivu_node.engine.types import ToolCallDelta, ToolUse
+from pinaivu_node.engine.types import Tool, ToolCallDelta, ToolUse
 
 _MAX_HELD: Final = 1 << 17
 """Characters of something that might be a call, before it is given back as text."""
@@ -54,7 +55,7 @@ class Parsed:
 class _Calls:
     """The sink of the readers: counts the calls and keeps what is to be told."""
 
-    names: frozenset[str]
+    tools: Mapping[str, Tool]
     request_id: str
     answer: int
     most: int | None
@@ -66,7 +67,11 @@ class _Calls:
     _pieces: list[str] = field(default_factory=list)
 
     def knows(self, name: str) -> bool:
-        return name in self.names
+        return name in self.tools
+
+    def schema(self, name: str) -> Mapping[str, Any]:
+        parsed = json.loads(self.tools[name].parameters)
+        return parsed if isinstance(parsed, dict) else {}
 
     def begin(self, name: str) -> None:
         if not self.knows(name) or self.count == self.most:
@@ -123,8 +128,8 @@ class ToolCallParser:
             mark[:length] for mark in {*self._openers, *hidden} for length in range(1, len(mark))
         )
         self._longest = max(map(len, self._beginnings), default=0)
-        names = frozenset(tool.name for tool in tools.tools)
-        self._calls = _Calls(names, request_id, answer, most=None if tools.parallel else 1)
+        by_name = {tool.name: tool for tool in tools.tools}
+        self._calls = _Calls(by_name, request_id, answer, most=None if tools.parallel else 1)
         self._held = ""
         """Outside of a call: what may be the beginning of one.  Inside: what was not told yet."""
         self._body: Read[None] | None = None

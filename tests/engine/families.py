@@ -94,6 +94,46 @@ HERMES = """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
+# Qwen's coders: each argument between tags.
+QWEN_CODER = """
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content }}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {{- '<|im_start|>system\\n' }}
+{%- endif %}
+{%- if tools %}
+    {{- '\\n<tools>\\n' }}
+    {%- for tool in tools %}
+        {{- '<function>\\n<name>' + tool.function.name + '</name>' }}
+        {%- for name, fields in tool.function.parameters.properties | items %}
+            {{- '\\n<parameter>' + name + ' ' + fields | tojson + '</parameter>' }}
+        {%- endfor %}
+        {{- '\\n</function>\\n' }}
+    {%- endfor %}
+    {{- '</tools>' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+        {{- '\\n</tool_response>\\n<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+            {%- for name, value in call.function.arguments | items %}
+                {%- set value = value if value is string else value | tojson %}
+                {{- '<parameter=' + name + '>\\n' + value + '\\n</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</function>\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
 # Llama 3.1 and 3.2: a bare object with "parameters", one call a turn, results as ipython's.
 LLAMA = """
 {{- bos_token }}
@@ -318,6 +358,7 @@ FAMILIES = {
     "qwen": Family(
         "hermes", QWEN, words=("<tool_call>", "</tool_call>", "<think>", "</think>")
     ),
+    "qwen-coder": Family("qwen-coder", QWEN_CODER, words=("<tool_call>", "</tool_call>")),
     "hermes": Family("hermes", HERMES),
     "llama": Family("llama", LLAMA, _LLAMA_MARKS),
     "mistral": Family("mistral", MISTRAL, _MISTRAL_MARKS),

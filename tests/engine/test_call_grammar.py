@@ -57,6 +57,11 @@ def random_answer(name, use, *, seed):
         allowed = [at for at in range(len(tokenizer)) if mask[at // 8] >> at % 8 & 1]
         allowed = [at for at in allowed if at != tokenizer.eos_token_id]
         closing = [at for at in ends if at in allowed]
+        end = tokenizer.encode("\n</parameter>", add_special_tokens=False)
+        if len(token_ids) % 20 == 19 and matcher.validate_tokens(end) == len(end):
+            matcher.consume_tokens(end)
+            token_ids += end
+            continue
         hurry = closing and (dice.random() < 0.3 or len(token_ids) > 300)
         token_ids.append(dice.choice(closing if hurry else allowed))
         assert matcher.consume_token(token_ids[-1])

@@ -77,6 +77,25 @@ ANSWERS = {
             [("time.now", {}), ("get_weather", OSLO)],
         ),
     ],
+    "qwen-coder": [
+        (
+            (
+                "Yes.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n"
+                "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>\n"
+                "<tool_call>\n<function=time.now>\n</function>\n</tool_call>"
+            ),
+            "Yes.",
+            [("get_weather", OSLO), ("time.now", {})],
+        ),
+        (
+            (
+                "<tool_call><function=get_weather><parameter=city>\n2\n\n</parameter>"
+                "<parameter=days>many</parameter></function></tool_call>"
+            ),
+            "",
+            [("get_weather", {"city": "2\n", "days": "many"})],
+        ),
+    ],
     "llama": [
         ('{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [("get_weather", PARIS)]),
         (
@@ -197,6 +216,12 @@ TEXTS = {
         "{}",
         "{",
     ],
+    "qwen-coder": [
+        "<tool_call>\n<function=rm_rf>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=get_weather>\n<other=city>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo",
+        '<tool_call>{"name": "get_weather", "arguments": {}}',
+    ],
     "mistral": ["[TOOL_CALL]", "a [b]", "[ARG"],
     "pythonic": [
         "[1] says so",
@@ -274,7 +299,8 @@ SCRAPS = st.sampled_from([
     ', "arguments": ', '{"city": "Paris"}', "}", "{", "[", "]", ",", ";", "text", "[TOOL_CALLS]",
     "[ARGS]", "get_weather", "functools[", "<|tool_call|>", "<|/tool_call|>", "(city='x')",
     "time.now()", "```json\n", "\n```", "<|tool_call_start|>", "<|tool_call_end|>",
-    "<|python_tag|>", "\\", '"',
+    "<|python_tag|>", "\\", '"', "<function=", "get_weather>", "<parameter=city>", "</parameter>",
+    "</function>",
     *map(deepseek_mark, ("tool calls begin", "tool call begin", "tool sep", "tool call end",
                          "tool calls end")),
 ])  # fmt: skip
