@@ -55,7 +55,8 @@ PURE = {
     ],
     "pinaivu_node.engine": [
         "types", "text", "noise", "residency", "blocks", "sequence", "scheduler", "pace", "limits",
-        "gauge", "frames", "codec",
+        "gauge", "frames", "codec", "token_bytes", "json_scan", "call_syntax", "tagged_calls",
+        "tool_calls", "call_grammar", "dialects", "conversation",
     ],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
