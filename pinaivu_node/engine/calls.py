@@ -14,6 +14,7 @@ import trio
 
 from pinaivu_node.engine.frames import Accepted, Embedded, FrameError, RefusalKind, Refused
 from pinaivu_node.engine.gauge import Timing
+from pinaivu_node.engine.prompt_size import count_tokens
 from pinaivu_node.engine.types import (
     EmbeddingRequest,
     Embeddings,
@@ -40,6 +41,11 @@ class Call:
         self.request_id = request.id
         self.places = request.sampling.n
         self.timing = timing
+        self.prompt_tokens = count_tokens(request.prompt)
+        """A guess, until the child has counted them."""
+        self.accepted = False
+        self.is_gauged = False
+        """What is left of its prompt is in the child's gauges."""
         self.abandoned = False
         """Nobody listens any more: its reader has left, or was too slow."""
         self._open = set(range(self.places))
@@ -60,10 +66,18 @@ class Call:
         """Whether the child has ended every answer."""
         return not self._open
 
+    @property
+    def ungauged_tokens(self) -> int:
+        """Tokens of its prompt that are to be computed, and that no gauges have told of yet."""
+        return 0 if self.is_gauged or self.timing.first is not None else self.prompt_tokens
+
     def answer(self, said: Accepted | Refused) -> None:
         """Hand on whether the child takes the prompt."""
-        if isinstance(said, Refused):
-            self._open.clear()
+        match said:
+            case Refused():
+                self._open.clear()
+            case Accepted(input_tokens=input_tokens):
+                self.accepted, self.prompt_tokens = True, input_tokens
         if not self.abandoned:
             self._send.send_nowait(said)
 

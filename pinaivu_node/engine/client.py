@@ -16,7 +16,7 @@ import trio
 
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import Gauges, Ready
-from pinaivu_node.engine.gauge import Occupancy, SpeedGauge
+from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
 from pinaivu_node.engine.process import Child
 from pinaivu_node.engine.types import (
     EmbeddingRequest,
@@ -81,7 +81,15 @@ class ProcessEngine:
     ) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         """See `Engine.generate`.  Entering waits for one step of the engine at most."""
         child = self._admitted(request.id, places=request.sampling.n)
-        call = child.submit(request, waits=not self._occupancy().has_room)
+        now = self._occupancy()
+        timing = Timing(
+            asked=trio.current_time(),
+            waited=not now.has_room,
+            answers=request.sampling.n,
+            alone=now.is_idle,
+            expected_s=self._gauge.expected_s(now),
+        )
+        call = child.submit(request, timing=timing)
         try:
             await call.wait_accepted()
             yield call
@@ -154,12 +162,16 @@ class ProcessEngine:
         # The child knows who waits for memory although places are free, and we who came just now.
         gauges = child.gauges
         queued = max(places - capacity, min(gauges.queued, places))
+        rate = gauges.prefill_tokens_per_second
+        if places:
+            # Prompts share the steps with those who stream, and get this much of each.
+            rate *= 1 - 1 / self._config.stretch
         return Occupancy(
             running=places - queued,
             queued=queued,
             capacity=capacity,
-            queued_prefill_tokens=gauges.queued_prefill_tokens if places else 0,
-            prefill_tokens_per_second=gauges.prefill_tokens_per_second,
+            queued_prefill_tokens=child.queued_prefill_tokens if places else 0,
+            prefill_tokens_per_second=rate,
         )
 
     def _why_down(self) -> str:

@@ -3,7 +3,8 @@
 Two questions are answered here, and both end up in a bid: how soon one more request would have its
 first token, and how fast the others would follow.  The second depends on how many sequences share
 a step, so the time of a step is kept by their number.  The first is the longer of the wait for a
-place and the prompts that are ahead in line, then the request's own prompt, then one step.
+place and the prompts that are ahead in line, then the request's own prompt, then one step; and how
+far such sums were off lately corrects the next one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _SLOWEST: Final = 1e-3
 """Tokens per second below which a speed is no measurement."""
 _LONGEST_S: Final = 3600.0
 """Nobody waits longer for a first token; what is worse need not be told apart."""
+_FARTHEST: Final = 8.0
+"""How far off an estimate may count as having been, either way."""
 _MAX_SIZES: Final = 1024
 """Batch sizes told apart; more sequences than any engine steps at once."""
 
@@ -38,6 +41,10 @@ class Timing:
     last: float = 0.0
     tokens: int = 0
     """Of all its answers."""
+    alone: bool = False
+    """It had the engine for itself when it came."""
+    expected_s: float = 0.0
+    """What its first token would take by the sum that is corrected; 0 if nobody made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +60,19 @@ class Occupancy:
     """0 if nobody measured it: then first tokens are expected to come as they did lately."""
 
     @property
+    def is_idle(self) -> bool:
+        """Whether one more would have the engine for itself."""
+        return self.running + self.queued == 0
+
+    @property
     def has_room(self) -> bool:
-        """Whether one more would run at once."""
-        return self.queued == 0 and self.running < self.capacity
+        """Whether one more would have a place at once, though perhaps not its turn."""
+        return self.running + self.queued < self.capacity
 
     @property
     def next_batch(self) -> int:
         """How many would run together once one more runs."""
-        return self.running + 1 if self.has_room else max(1, self.running)
+        return max(1, min(self.running + self.queued + 1, self.capacity))
 
 
 class StepTimes:
@@ -82,13 +94,11 @@ class StepTimes:
         if not self._sizes or size in self._seconds:
             return self._seconds.get(size, 0.0)
         at = bisect.bisect(self._sizes, size)
-        nearest = self._sizes[max(0, at - 1) : at + 1] if at else self._sizes[:2]
-        if at == len(self._sizes):
-            nearest = self._sizes[-2:]
-        return self._on_the_line(size, nearest)
+        if 0 < at < len(self._sizes):
+            return self._on_the_line(size, self._sizes[at - 1], self._sizes[at])
+        return self._on_the_line(size, self._sizes[0], self._sizes[-1])
 
-    def _on_the_line(self, size: int, measured: list[int]) -> float:
-        low, high = measured[0], measured[-1]
+    def _on_the_line(self, size: int, low: int, high: int) -> float:
         at_low, at_high = self._seconds[low], self._seconds[high]
         slope = 0.0 if low == high else (at_high - at_low) / (high - low)
         guess = at_low + slope * (size - low)
@@ -108,14 +118,18 @@ class SpeedGauge:
         self.generated_tokens = 0
         self._steps = StepTimes()
         self._ttft_s = 0.0
+        self._idle_ttft_s = 0.0
         self._answer_tokens = _USUAL_TOKENS
         self._prompt_tokens = 0.0
+        self._beside_tokens = 0.0
+        self._beside_s = 0.0
+        self._correction = 1.0
 
     def preset(self, *, tokens_per_second: float, ttft_ms: float) -> None:
         """Begin with what a warm-up measured; what clients got counts more from then on."""
         if tokens_per_second > _SLOWEST:
             self._steps.observe(1, 1 / tokens_per_second)
-        self._ttft_s = ttft_ms / 1000
+        self._ttft_s = self._idle_ttft_s = ttft_ms / 1000
 
     def prompt(self, computed_tokens: int) -> None:
         """A request came with a prompt of which so many tokens were not in the cache."""
@@ -126,6 +140,13 @@ class SpeedGauge:
         if running > 0 and tokens_per_second > _SLOWEST:
             self._steps.observe(running, running / tokens_per_second)
 
+    def prompts_beside(self, tokens: int, seconds: float) -> None:
+        """In so many seconds, in which others streamed, so many tokens of prompts were computed."""
+        if tokens > 0 and seconds > 0:
+            # Both are smoothed, not their quotient: what was measured longer counts more.
+            self._beside_tokens = _smoothed(self._beside_tokens, tokens)
+            self._beside_s = _smoothed(self._beside_s, seconds)
+
     def tokens(self, timing: Timing, count: int, *, now: float) -> None:
         """Account for tokens that came now."""
         if count == 0:
@@ -133,8 +154,7 @@ class SpeedGauge:
         self.generated_tokens += count
         if timing.first is None:
             timing.first = now
-            if not timing.waited:
-                self._ttft_s = _smoothed(self._ttft_s, now - timing.asked)
+            self._first_token(timing, now - timing.asked)
         timing.last = now
         timing.tokens += count
 
@@ -159,23 +179,46 @@ class SpeedGauge:
 
     def ttft_estimate_ms(self, occupancy: Occupancy) -> int:
         """How long one more request should expect to wait for its first token."""
-        return round(1000 * min(self._ttft_estimate_s(occupancy), _LONGEST_S))
+        sum_s = self.expected_s(occupancy)
+        if sum_s > 0:
+            seconds = self._correction * sum_s
+        elif occupancy.prefill_tokens_per_second > 0:
+            seconds = self._idle_ttft_s
+        else:
+            seconds = self._wait_s(occupancy) + self._ttft_s
+        return round(1000 * min(seconds, _LONGEST_S))
 
-    def _ttft_estimate_s(self, occupancy: Occupancy) -> float:
-        step = self._steps.seconds(occupancy.next_batch)
-        wait = self._wait_s(occupancy, step)
+    def _first_token(self, timing: Timing, took: float) -> None:
+        if not timing.waited:
+            self._ttft_s = _smoothed(self._ttft_s, took)
+        if timing.alone:
+            self._idle_ttft_s = _smoothed(self._idle_ttft_s, took)
+        if timing.expected_s > 0:
+            ratio = max(1 / _FARTHEST, min(took / timing.expected_s, _FARTHEST))
+            # Of ratios the geometric mean: twice too long and twice too short cancel out.
+            self._correction = self._correction ** (1 - _SMOOTHING) * ratio**_SMOOTHING
+
+    def expected_s(self, occupancy: Occupancy) -> float:
+        """The sum that is corrected, for `Timing.expected_s`; 0 where it is not made.
+
+        It is made for an engine that is at work and tells the speed of its prompts.
+        """
         rate = occupancy.prefill_tokens_per_second
-        if not rate > _SLOWEST:  # nor if it is no number at all
-            return wait + self._ttft_s
-        own = self._prompt_tokens / rate if self._prompt_tokens else self._ttft_s
-        return max(wait, occupancy.queued_prefill_tokens / rate) + own + step
+        if self._beside_s > 0:
+            rate = self._beside_tokens / self._beside_s
+        if occupancy.is_idle or not rate > _SLOWEST:  # nor if it is no number at all
+            return 0.0
+        ahead = max(self._wait_s(occupancy), occupancy.queued_prefill_tokens / rate)
+        own = self._prompt_tokens / rate
+        return ahead + own + self._steps.seconds(occupancy.next_batch)
 
-    def _wait_s(self, occupancy: Occupancy, step: float) -> float:
+    def _wait_s(self, occupancy: Occupancy) -> float:
         """Until a place is free: those who hold one leave evenly spread over an answer's time."""
         if occupancy.has_room:
             return 0.0
-        duration = self._ttft_s + self._answer_tokens * step
-        return duration * (occupancy.queued + 1) / max(1, occupancy.running)
+        duration = self._answer_tokens * self._steps.seconds(occupancy.next_batch)
+        ahead = occupancy.running + occupancy.queued + 1 - occupancy.capacity
+        return duration * ahead / max(1, occupancy.capacity)
 
 
 def _smoothed(old: float, new: float) -> float:

@@ -76,6 +76,7 @@ class Child:
         self._cause: str | None = None
         self._heard = False
         self._ping_open = False
+        self._gauged_at = 0.0
         self._steps = 0
         self._rows = 0
         """Sequences that got tokens in those steps, since the last Gauges."""
@@ -92,17 +93,21 @@ class Child:
         """Sequences that run or wait in the child."""
         return sum(call.places for call in self.calls.values())
 
-    def submit(self, request: GenerationRequest, *, waits: bool) -> Call:
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens still to be computed: what the child said, and what came since then."""
+        told = 0 if self.gauges is None else self.gauges.queued_prefill_tokens
+        calls = self.calls.values()
+        return told + sum(call.ungauged_tokens for call in calls if isinstance(call, Call))
+
+    def submit(self, request: GenerationRequest, *, timing: Timing) -> Call:
         """Send a request in.
 
         Raises PromptRefused if it is too large to be sent at all, EngineBusy if the child takes in
         nothing at the moment.
         """
         frame = _encoded(Generate(request))
-        answers = request.sampling.n
-        call = Call(
-            request, timing=Timing(asked=trio.current_time(), waited=waits, answers=answers)
-        )
+        call = Call(request, timing=timing)
         self._submit(call, frame)
         return call
 
@@ -284,12 +289,26 @@ class Child:
             self._cancel(call)
 
     def _hear_gauges(self, gauges: Gauges) -> None:
-        self.gauges = gauges
+        now = trio.current_time()
+        if (before := self.gauges) is not None:
+            self._measure_prompts(before, gauges, seconds=now - self._gauged_at)
+        self.gauges, self._gauged_at = gauges, now
+        for call in self.calls.values():
+            if isinstance(call, Call):
+                call.is_gauged = call.accepted
         if self._rows:
             # Not `running`: some of those may still be at their prompts.
             size = round(self._rows / self._steps)
             self._gauge.batch(size, gauges.decode_tokens_per_second)
         self._steps = self._rows = 0
+
+    def _measure_prompts(self, before: Gauges, now: Gauges, *, seconds: float) -> None:
+        """The speed of prompts beside streams, from a time in which there were always both."""
+        if self._rows == 0 or before.queued_prefill_tokens == 0 or now.queued_prefill_tokens == 0:
+            return
+        came = now.input_tokens - before.input_tokens
+        done = before.queued_prefill_tokens + came - now.queued_prefill_tokens
+        self._gauge.prompts_beside(done, seconds)
 
     def _hear_answer(self, said: Accepted | Refused | Embedded) -> None:
         call = self._call(said.request_id)

@@ -17,8 +17,8 @@ import trio
 
 from pinaivu_node.engine import noise
 from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
+from pinaivu_node.engine.prompt_size import count_tokens
 from pinaivu_node.engine.types import (
-    ChatMessage,
     EmbeddingRequest,
     Embeddings,
     EngineBusy,
@@ -34,7 +34,6 @@ _VOCABULARY: Final = (
     *("price ", "proof ", "light ", "river ", "stone ", "winter ", "ünï ", "\n"),
 )
 
-_BYTES_PER_TOKEN: Final = 4
 _MAX_ANSWERS: Final = 128
 """As OpenAI's own bound on `n`."""
 
@@ -185,17 +184,3 @@ def _check(request: GenerationRequest) -> None:
         raise PromptRefused(f"This engine gives 1 to {_MAX_ANSWERS} answers to a prompt.")
     if request.resume_token_ids and request.sampling.n > 1:
         raise PromptRefused("Several answers cannot be continued.")
-
-
-def count_tokens(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> int:
-    """Tokens of a prompt as this engine counts: one per four bytes, and four marks per turn."""
-    if isinstance(prompt, str):
-        return max(1, math.ceil(len(prompt.encode()) / _BYTES_PER_TOKEN))
-    total = 0
-    for part in prompt:
-        if isinstance(part, ChatMessage):
-            size = len(part.role.encode()) + len(part.content.encode())
-            total += 4 + math.ceil(size / _BYTES_PER_TOKEN)
-        else:
-            total += 1
-    return max(1, total)

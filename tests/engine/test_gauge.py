@@ -72,7 +72,7 @@ def test_the_speed_is_that_of_the_batch_that_one_more_would_make():
     assert gauge.speed_estimate(standing()) == pytest.approx(100)
     # Where none has room one more runs in the place of another.
     assert gauge.speed_estimate(standing(4, capacity=4)) == pytest.approx(80)
-    assert gauge.speed_estimate(standing(4, queued=1)) == pytest.approx(80)
+    assert gauge.speed_estimate(standing(2, queued=1)) == pytest.approx(80)
 
 
 def test_an_answers_own_speed_counts_where_nobody_measures_the_batch():
@@ -120,6 +120,31 @@ def test_prompts_in_line_delay_the_first_token():
     # 4,000 tokens at 1,000 per second, then 100 of its own, then a step of 10 ms.
     assert gauge.ttft_estimate_ms(standing(2, prefill=4000, rate=1000.0)) == 4110
     assert gauge.ttft_estimate_ms(standing(2, rate=1000.0)) == 110
+    # Who has the engine for itself gets what others got that had.
+    assert gauge.ttft_estimate_ms(standing(rate=1000.0)) == 50
+    gauge.tokens(Timing(asked=0.0, alone=True), 1, now=0.1)
+    gauge.tokens(Timing(asked=0.0), 1, now=9.0)
+    assert gauge.ttft_estimate_ms(standing(rate=1000.0)) == 60
+
+
+def test_the_speed_of_prompts_beside_streams_is_believed_once_it_was_measured():
+    gauge = SpeedGauge()
+    gauge.prompts_beside(50, 0.1)
+    gauge.prompts_beside(0, 0.1)
+    gauge.prompts_beside(-20, 0.1)
+    assert gauge.ttft_estimate_ms(standing(2, prefill=4000, rate=1000.0)) == 8000
+
+
+@pytest.mark.parametrize("off", [0.5, 3.0])
+def test_a_sum_that_is_always_off_is_corrected_and_no_further(off):
+    gauge = SpeedGauge()
+    load = standing(2, prefill=1000, rate=1000.0)
+    for _ in range(20):
+        # Eight at once, whose estimates are all made before the first of them is known to be off.
+        timings = [Timing(asked=0.0, expected_s=gauge.expected_s(load)) for _ in range(8)]
+        for timing in timings:
+            gauge.tokens(timing, 1, now=off)
+    assert gauge.ttft_estimate_ms(load) == pytest.approx(1000 * off, rel=0.01)
 
 
 def test_without_a_place_the_wait_is_for_one_and_grows_with_the_queue():

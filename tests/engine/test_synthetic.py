@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import trio
 
-from pinaivu_node.engine.synthetic import SyntheticEngine, count_tokens
+from pinaivu_node.engine.prompt_size import count_tokens
+from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import (
     ChatMessage,
     Constraint,
