@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn, shared
 from pinaivu_node.engine.conversation import Conversation, alternating
@@ -30,10 +30,13 @@ _THINKING: Final = frozenset({"<think>", "</think>"})
 _TAGS_IN_WORDS: Final = frozenset({"</tools>", "</tool_call>", "</tool_response>"})
 _NOTHING: Final = re.compile("(?!)")
 _CLOSING_TAG: Final = re.compile(r"</([A-Za-z_]+)>")
+_MAX_FORGED: Final = 4096
+"""Marks in one client's text: each is tokenised by itself, so many in half a second."""
 _MAX_BOUNDARIES: Final = 64
 """Messages of a chat, from the end, whose boundaries are sought: each costs a rendering."""
 
 Prompt = tuple[ChatMessage, ...] | str | tuple[int, ...]
+_Tree: TypeAlias = "dict[str, _Tree]"
 
 
 @dataclass(slots=True)
@@ -49,6 +52,8 @@ class _Disarmed:
         return self.marks.sub(self._replaced, self.tags.sub(_with_backslash, text))
 
     def _replaced(self, found: re.Match[str]) -> str:
+        if len(self.forged) >= _MAX_FORGED:
+            raise PromptRefused(f"Over {_MAX_FORGED} of the model's marks are in these messages.")
         self.forged.append(found[0])
         return f"{self.word}x{len(self.forged) - 1}x"
 
@@ -173,10 +178,12 @@ class PromptEncoder:
         """The ids, and where in the text each of them ends."""
         ids: list[int] = []
         ends: list[int] = []
+        as_text: dict[str, list[int]] = {}
         at = 0
         for place, piece in enumerate(disarmed.pieces(rendered)):
             if place % 2 == 1:  # a forged mark
-                forged = self._as_text(disarmed.forged[int(piece)])
+                mark = disarmed.forged[int(piece)]
+                forged = as_text.get(mark) or as_text.setdefault(mark, self._as_text(mark))
                 at += len(f"{disarmed.word}x{piece}x")
                 ids += forged
                 ends += [at] * len(forged)
@@ -222,8 +229,23 @@ def _is_written(token: str, template: str) -> bool:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else _NOTHING
+    """The longest of the texts; written as a tree, as some vocabularies have 6,000 marks and a
+    list of these would be tried one by one at every `<` of a client's.
+    """
+    tree: _Tree = {}
+    for text in texts:
+        node = tree
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return re.compile(_as_pattern(tree)) if tree else _NOTHING
+
+
+def _as_pattern(tree: _Tree) -> str:
+    branches = [re.escape(letter) + _as_pattern(below) for letter, below in tree.items() if letter]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in tree else "")
 
 
 def _with_backslash(tag: re.Match[str]) -> str:
