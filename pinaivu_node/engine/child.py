@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -47,13 +48,29 @@ _MAX_RUNNING_ON_CPU: Final = 16
 _MAX_RUNNING_ON_GPU: Final = 64
 
 
-def _read(source: int, inbox: queue.SimpleQueue[Said], work: queue.SimpleQueue[Frame]) -> None:
+@dataclass(frozen=True)
+class _Queues:
+    """What the threads hand to each other; the daemon bounds how much there can be."""
+
+    inbox: queue.SimpleQueue[Said] = field(default_factory=queue.SimpleQueue)
+    """For the step loop."""
+    work: queue.SimpleQueue[Generate | Embed] = field(default_factory=queue.SimpleQueue)
+    """For the preparer."""
+    preparing: set[str] = field(default_factory=set)
+    """Requests on their way through `work`, until the step loop has them."""
+
+
+def _read(source: int, queues: _Queues) -> None:
     """Hand over frames until the daemon is gone, then end the process."""
     decoder = FrameDecoder()
     try:
         while data := os.read(source, _READ_BYTES):
             for frame in decoder.feed(data):
-                (work if isinstance(frame, Generate | Embed) else inbox).put(frame)
+                if isinstance(frame, Generate | Embed):
+                    queues.preparing.add(frame.request.id)
+                    queues.work.put(frame)
+                else:
+                    queues.inbox.put(frame)
     except (OSError, FrameError):
         import traceback
 
@@ -62,21 +79,17 @@ def _read(source: int, inbox: queue.SimpleQueue[Said], work: queue.SimpleQueue[F
     os._exit(0)
 
 
-def _prepare(
-    preparation: Preparation, work: queue.SimpleQueue[Frame], inbox: queue.SimpleQueue[Said]
-) -> None:
+def _prepare(preparation: Preparation, queues: _Queues) -> None:
     """Turn requests into answers, in the order in which they came."""
     from pinaivu_node.engine.preparation import Unprepared
 
     while True:
-        match work.get():
+        match queues.work.get():
             case Generate(request=request):
-                inbox.put(preparation.prepare(request))
+                queues.inbox.put(preparation.prepare(request))
             case Embed(request=embedding):
                 reason = "This model generates text; it makes no embeddings."
-                inbox.put(Unprepared(embedding.id, reason))
-            case frame:
-                raise FrameError(f"{type(frame).__name__} needs no preparation")
+                queues.inbox.put(Unprepared(embedding.id, reason))
 
 
 def _write(target: int, frame: Frame) -> None:
@@ -105,14 +118,9 @@ class _Heartbeat:
                     pass  # a cancel: nothing runs yet
 
 
-def _serve(
-    config: EngineConfig,
-    inbox: queue.SimpleQueue[Said],
-    work: queue.SimpleQueue[Frame],
-    say: Callable[[Frame], None],
-) -> None:
+def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) -> None:
     """Load the model and serve it; returns only if it cannot be loaded."""
-    progress = _Heartbeat(say, inbox)
+    progress = _Heartbeat(say, queues.inbox)
     progress(0.0, "starting")
     if not (config.model / "config.json").is_file():
         say(LoadFailed(f"{config.model} holds no model (no config.json): pull it again"))
@@ -127,7 +135,14 @@ def _serve(
         preparation.warm_up()
         on_cpu = model.device.type == "cpu"
         max_running = config.max_running or (_MAX_RUNNING_ON_CPU if on_cpu else _MAX_RUNNING_ON_GPU)
-        loop = StepLoop(model, config, max_running=max_running, inbox=inbox, say=say)
+        loop = StepLoop(
+            model,
+            config,
+            max_running=max_running,
+            inbox=queues.inbox,
+            preparing=queues.preparing,
+            say=say,
+        )
         progress(0.95, "warming up")
         tokens_per_second, ttft_ms = _warmed(loop, preparation)
     except LoadError as exc:
@@ -144,7 +159,7 @@ def _serve(
             kv_blocks=model.pool.count,
         )
     )
-    threading.Thread(target=_prepare, args=(preparation, work, inbox), daemon=True).start()
+    threading.Thread(target=_prepare, args=(preparation, queues), daemon=True).start()
     loop.run()
 
 
@@ -173,14 +188,13 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
 
-    inbox: queue.SimpleQueue[Said] = queue.SimpleQueue()
-    work: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(source, inbox, work), daemon=True).start()
+    queues = _Queues()
+    threading.Thread(target=_read, args=(source, queues), daemon=True).start()
     say = partial(_write, target)
-    first = inbox.get()
+    first = queues.inbox.get()
     if not isinstance(first, Load):
         raise FrameError(f"the daemon began with {type(first).__name__}")
-    _serve(EngineConfig.model_validate_json(first.config), inbox, work, say)
+    _serve(EngineConfig.model_validate_json(first.config), queues, say)
     return 1
 
 

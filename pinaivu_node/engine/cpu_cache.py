@@ -45,11 +45,15 @@ class CpuKvCache:
             for keys, values in zip(self.keys, self.values, strict=True)
         )
         self._shape = shape
+        self._window = window
         self._attend = kernels.of(shape.dtype).attend
         self._scratch = torch.empty(scratch_floats(window=window, head_dim=shape.head_dim))
 
     def batch(self, chunks: torch.Tensor, tables: torch.Tensor) -> Batch:
-        """See `StepCache.batch`."""
+        """See `StepCache.batch`; ValueError if a position is beyond the window."""
+        # The kernel's scratch memory is as long as the window, and it checks nothing.
+        if int((chunks[:, 1] + chunks[:, 2]).max()) > self._window:
+            raise ValueError("a position beyond the context window")
         return Batch(self, chunks, tables)
 
     def attend(

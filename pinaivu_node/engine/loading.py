@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -89,14 +90,15 @@ def _prepared(
 ) -> LoadedModel:
     text_config = model.config.get_text_config()
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    expected = _probe_by_transformers(model, vocabulary)
-    attention.register()
-    fuse(model)
-    model.set_attn_implementation(attention.NAME)
     window = min(
         int(getattr(text_config, "max_position_embeddings", 2**20)),
         config.context_window or 2**31,
     )
+    probe = [(7919 * (place + 1)) % vocabulary for place in range(min(_PROBE_TOKENS, window))]
+    expected = _probe_by_transformers(model, probe)
+    attention.register()
+    fuse(model)
+    model.set_attn_implementation(attention.NAME)
     shape = _kv_shape(text_config, model.dtype)
     pages = _pages(config, shape, window=window)
     window = min(window, pages * CpuKvCache.page)
@@ -104,7 +106,7 @@ def _prepared(
     pool = BlockPool(pages, size=cache.page)
     runner = Runner(model, cache)
     progress(0.9, "checking the layers against the model's own")
-    _check_probe(runner, pool, expected, model.dtype)
+    _check_probe(runner, pool, probe, expected, dtype=model.dtype)
     return LoadedModel(
         runner=runner,
         pool=pool,
@@ -120,29 +122,30 @@ def _prepared(
 # --- the check ------------------------------------------------------------------------------------
 
 
-def _probe(vocabulary: int) -> list[int]:
-    return [(7919 * (place + 1)) % vocabulary for place in range(_PROBE_TOKENS)]
-
-
 @torch.inference_mode()
-def _probe_by_transformers(model: Any, vocabulary: int) -> torch.Tensor:
-    tokens = torch.tensor([_probe(vocabulary)], device=model.device)
+def _probe_by_transformers(model: Any, probe: list[int]) -> torch.Tensor:
+    tokens = torch.tensor([probe], device=model.device)
     logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
     return logits[0].float()
 
 
 def _check_probe(
-    runner: Runner, pool: BlockPool, expected: torch.Tensor, dtype: torch.dtype
+    runner: Runner,
+    pool: BlockPool,
+    probe: list[int],
+    expected: torch.Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """Compute the probe our way, in two chunks and a decode step; LoadError if it differs.
 
     So an architecture that does something which our attention or our layers do not know (sinks,
     biases by distance, a norm of its own) is refused instead of talking nonsense.
     """
-    tokens = _probe(expected.shape[-1])
-    sequence = Sequence(tokens)
-    sequence.blocks = pool.take(-(-len(tokens) // pool.size)) or []
-    for start, end in ((0, 48), (48, len(tokens) - 1), (len(tokens) - 1, len(tokens))):
+    sequence = Sequence(probe)
+    sequence.blocks = pool.take(-(-len(probe) // pool.size)) or []
+    cuts = (0, len(probe) // 2, len(probe) - 1, len(probe))
+    for start, end in pairwise(cuts):
         logits = runner.compute([Chunk(sequence, start, end - start)])
     pool.release(sequence.blocks, now=0.0)
     error = float((logits - expected).square().mean().sqrt() / expected.std())

@@ -22,13 +22,14 @@ class Pace:
         self._stretch = stretch
         self._decode_s = 0.0
         self._batch = 1.0
-        self._prefill_s = 0.0
-        """Of one token of a prompt."""
+        self._chunk_s = 0.0
+        self._chunk_tokens = 0.0
+        """Averages over steps: their ratio counts every token alike, in whatever chunk it came."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
         """Speed of prompts; 0 if unknown."""
-        return 1 / self._prefill_s if self._prefill_s else 0.0
+        return self._chunk_tokens / self._chunk_s if self._chunk_s else 0.0
 
     @property
     def decode_step_s(self) -> float:
@@ -47,18 +48,18 @@ class Pace:
             self._batch = _smoothed(self._batch, decoding)
             return
         of_prefill = seconds - (self._decode_s if decoding else 0.0)
-        # A chunk is never faster than a tenth of what its step took: the estimate for the
-        # streams' share may be stale.
-        per_token = max(of_prefill, seconds / 10) / prefill_tokens
-        self._prefill_s = _smoothed(self._prefill_s, per_token)
+        # A chunk takes a tenth of its step at least: the estimate for the streams' share may be
+        # stale.
+        self._chunk_s = _smoothed(self._chunk_s, max(of_prefill, seconds / 10))
+        self._chunk_tokens = _smoothed(self._chunk_tokens, prefill_tokens)
 
     def chunk(self, *, decoding: int) -> int:
         """Tokens of prompts for the next step, so many sequences streaming."""
-        if decoding == 0 or self._prefill_s == 0.0:
+        if decoding == 0 or self._chunk_s == 0.0:
             return self._longest
         if self._decode_s == 0.0:
             return _GRAIN
-        bearable = (self._stretch - 1) * self._decode_s / self._prefill_s
+        bearable = (self._stretch - 1) * self._decode_s * self.prefill_tokens_per_second
         return max(_GRAIN, min(self._longest, int(bearable) // _GRAIN * _GRAIN))
 
 

@@ -185,7 +185,7 @@ class Scheduler:
         if known == len(names):
             return False
         return any(
-            each.computed <= known * size
+            each.computed < (known + 1) * size
             and len(each.names) > known
             and each.names[known] == names[known]
             for each in self.running

@@ -39,8 +39,6 @@ from pinaivu_node.engine.types import FinishReason, StepFrame, TokenEvent
 _MAX_FAILURES: Final = 3
 """Steps that fail in a row before the process gives itself up: one is a request's fault, three are
 a device in a bad state, which only a new process cures."""
-_MAX_CANCELLED: Final = 4096
-"""Requests cancelled before they were prepared; more than the daemon ever has in preparation."""
 
 
 @dataclass(slots=True)
@@ -62,16 +60,22 @@ class StepLoop:
         *,
         max_running: int,
         inbox: queue.SimpleQueue[Frame | Prepared | Unprepared],
+        preparing: set[str],
         say: Callable[[Frame], None],
     ) -> None:
+        """`preparing` are the requests that will come as `Prepared` or `Unprepared`; whoever puts
+        one before the preparer adds it, and it is taken out here.
+        """
         self._model = model
         self._inbox = inbox
+        self._preparing = preparing
         self._say = say
         self._scheduler = Scheduler(model.pool, max_running=max_running)
         self._pace = Pace(longest_chunk=config.prefill_chunk, stretch=config.stretch)
         self._jobs: dict[str, _Job] = {}
         self._answers: dict[Tokens, tuple[str, Answer]] = {}
-        self._cancelled: dict[str, None] = {}
+        self._cancelled: set[str] = set()
+        """Cancelled while they were being prepared."""
         self._failures = 0
         self._mask = torch.zeros(max_running, -(-model.vocabulary // 32), dtype=torch.int32)
         self._meter = _Meter()
@@ -95,6 +99,11 @@ class StepLoop:
                     yield from frame.events
         self._say = said
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool(self._jobs)
+
     def step(self) -> None:
         """One step, if there is anything to compute."""
         now = time.monotonic()
@@ -116,21 +125,27 @@ class StepLoop:
     def _hear(self) -> None:
         """Obey every command there is; wait for one if there is nothing else to do."""
         while not self._jobs or not self._inbox.empty():
-            match self._inbox.get():
-                case Prepared() as prepared:
-                    self._accept(prepared)
-                case Unprepared(request_id=request_id, reason=reason):
-                    self._cancelled.pop(request_id, None)
-                    self._say(Refused(request_id, reason))
-                case Cancel(request_id=request_id):
-                    self._cancel(request_id)
-                case Ping(number=number):
-                    self._say(Pong(number))
-                case frame:
-                    raise FrameError(f"the daemon said {type(frame).__name__}")
+            self.obey(self._inbox.get())
+
+    def obey(self, command: Frame | Prepared | Unprepared) -> None:
+        """Do what one command says."""
+        match command:
+            case Prepared():
+                self._accept(command)
+            case Unprepared(request_id=request_id, reason=reason):
+                self._preparing.discard(request_id)
+                self._cancelled.discard(request_id)
+                self._say(Refused(request_id, reason))
+            case Cancel(request_id=request_id):
+                self._cancel(request_id)
+            case Ping(number=number):
+                self._say(Pong(number))
+            case _:
+                raise FrameError(f"the daemon said {type(command).__name__}")
 
     def _accept(self, prepared: Prepared) -> None:
         request = prepared.request
+        self._preparing.discard(request.id)
         tokens = prepared.input_tokens + len(request.resume_token_ids)
         if self._scheduler.fits(tokens) is Fit.NEVER:
             self._say(Refused(request.id, "The prompt does not fit the engine's memory."))
@@ -141,7 +156,7 @@ class StepLoop:
         deadline = float("inf") if deadline_ms is None else time.monotonic() + deadline_ms / 1000
         job = _Job(list(prepared.answers), deadline)
         if request.id in self._cancelled:
-            del self._cancelled[request.id]
+            self._cancelled.remove(request.id)
             self._say(StepFrame(tuple(a.ended(FinishReason.CANCELLED) for a in job.answers)))
             return
         over = [answer for answer in job.answers if answer.finished is not None]
@@ -158,10 +173,9 @@ class StepLoop:
     def _cancel(self, request_id: str) -> None:
         job = self._jobs.get(request_id)
         if job is None:
-            # It is being prepared, or ended while the cancel was on its way.
-            self._cancelled[request_id] = None
-            if len(self._cancelled) > _MAX_CANCELLED:
-                del self._cancelled[next(iter(self._cancelled))]
+            # Otherwise it ended while the cancel was on its way.
+            if request_id in self._preparing:
+                self._cancelled.add(request_id)
             return
         self._say(StepFrame(tuple(self._end(job, FinishReason.CANCELLED))))
 

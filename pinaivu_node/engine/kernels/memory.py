@@ -10,11 +10,26 @@ operation; nothing lets LLVM reorder sums, so a result does not depend on how a 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, Final
 
+import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
+from platformdirs import user_cache_path
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# numba looks only at the file of the outermost function to see whether what it compiled is stale.
+numba.config.CACHE_DIR = str(user_cache_path("pinaivu") / "kernels" / _digest_of_sources())
 
 KERNEL: Final[dict[str, Any]] = {
     "fastmath": {"contract"},
