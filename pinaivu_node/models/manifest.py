@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from pinaivu_node.models.catalogue import ModelKind
 from pinaivu_node.models.errors import ModelDamaged
 from pinaivu_node.protocol.ids import Digest, DigestField
 
@@ -66,6 +67,7 @@ class Manifest(_Record):
     digest: DigestField
     weights: tuple[WeightsFile, ...] = Field(min_length=1)
     files: tuple[StoredFile, ...] = Field(min_length=1)
+    kind: ModelKind = ModelKind.TEXT
 
 
 def model_digest(weights: Sequence[WeightsFile]) -> Digest:

