@@ -1,0 +1,93 @@
+"""A model folder to transformers' own objects, or one sentence that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.weights import LoadError
+
+Progress = Callable[[float, str], None]
+"""Told how far loading is, 0 to 1, and what comes next."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; LoadError if it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise LoadError(f"no CUDA device here, {name} was asked for: use --device cpu")
+        index = torch.device(name).index or 0
+        if index >= torch.cuda.device_count():
+            raise LoadError(f"{name} does not exist: {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(name)
+
+
+def use_threads(config: EngineConfig, device: torch.device) -> None:
+    """Let torch compute on as many CPU threads as the configuration says."""
+    if device.type == "cpu":
+        # One core is left for the event loops around: a step loop whose threads wait for a core
+        # that is taken waits at every one of its hundreds of barriers.
+        torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The number format of this name, on this device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; LoadError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # What is wrong in a tokenizer.json, tokenizers says by a bare Exception.
+    except Exception as exc:
+        raise LoadError(
+            f"the tokenizer in {folder} cannot be read ({_first_line(exc)}): pull the model again"
+        ) from exc
+
+
+def read_model(
+    auto_class: Any, folder: Path, *, dtype: torch.dtype, may_lack: tuple[str, ...] = ()
+) -> Any:
+    """The folder's model on the CPU, to be used and not trained; LoadError if it cannot be read.
+
+    `auto_class` is one of transformers' AutoModel classes.  transformers fills weights that the
+    files lack with random numbers and a warning; here that is an error, but for weights whose names
+    begin with one of `may_lack`.
+    """
+    try:
+        model, report = auto_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # the older format is code
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as exc:
+        raise LoadError(f"the model in {folder} cannot be read: {_first_line(exc)}") from exc
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
+    if missing:
+        raise LoadError(
+            f"the weights in {folder} lack {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ", which its config.json calls for: pull the model again"
+        )
+    return model.eval()
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip() or type(exc).__name__).partition("\n")[0][:300]
