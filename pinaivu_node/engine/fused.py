@@ -30,6 +30,10 @@ _PLAIN_ATTENTION: Final = frozenset(
 )
 """Attention classes whose forward is projections, optional norms of each head, rotation, attention
 and projection: what `FusedAttention` does.  Others keep theirs."""
+_PLAIN_LAYERS: Final = frozenset(
+    f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3")
+)
+"""Layer classes whose forward is what `FusedLayer` does; Gemma's have two norms more."""
 _GATED: Final = {"SiLUActivation": "silu_gated", "SiLU": "silu_gated", "GELUTanh": "gelu_gated"}
 
 
@@ -81,6 +85,7 @@ class FusedNorm(nn.Module):
         self.offset = 1.0 if _has_unit_offset(norm) else 0.0
         self.epsilon = _epsilon(norm)
         self._kernel = kernels.of(weight.dtype).rms_norm
+        self._adding_kernel = kernels.of(weight.dtype).add_rms_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same shape."""
@@ -89,6 +94,16 @@ class FusedNorm(nn.Module):
         width = x.shape[-1]
         self._kernel(
             x.data_ptr(), self.weight.data_ptr(), out.data_ptr(),
+            x.numel() // width, width, self.epsilon, self.offset,
+        )  # fmt: skip
+        return out
+
+    def of_sum(self, x: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        """The norm of x + addend, which x becomes; both dense."""
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._adding_kernel(
+            x.data_ptr(), addend.data_ptr(), self.weight.data_ptr(), out.data_ptr(),
             x.numel() // width, width, self.epsilon, self.offset,
         )  # fmt: skip
         return out
@@ -105,11 +120,11 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, hidden] to the same."""
-        both = self.gate_and_up(x)
+        both = self.gate_and_up.forward(x)
         width = both.shape[-1] // 2
         gated = both.new_empty(*both.shape[:-1], width)
         self._kernel(both.data_ptr(), gated.data_ptr(), both.numel() // (2 * width), width)
-        product: torch.Tensor = self.down(gated)
+        product: torch.Tensor = self.down.forward(gated)
         return product
 
 
@@ -121,7 +136,7 @@ class FusedAttention(nn.Module):
         self.layer_idx = int(attention.layer_idx)
         self.width = int(attention.head_dim)
         if hasattr(attention, "qkv_proj"):
-            self.project: nn.Module = PackedLinear([attention.qkv_proj])
+            self.project = PackedLinear([attention.qkv_proj])
         else:
             self.project = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
         self.output = PackedLinear([attention.o_proj])
@@ -147,7 +162,7 @@ class FusedAttention(nn.Module):
         **_unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """As transformers calls the class that this one replaces."""
-        x = self.project(hidden_states)[0]
+        x = self.project.forward(hidden_states)[0]
         tokens, stride, width = len(x), x.shape[1], self.width
         heads = x.view(tokens, -1, width)
         first_key, first_value = self.query_heads, self.query_heads + self.heads
@@ -172,7 +187,33 @@ class FusedAttention(nn.Module):
         attended = batch.cache.attend(
             self.layer_idx, query, key, value, batch=batch, look=self.look
         )
-        return self.output(attended[None]), None
+        return self.output.forward(attended[None]), None
+
+
+class FusedLayer(nn.Module):
+    """A pre-norm decoder layer: x += attention(norm(x)), then x += mlp(norm(x))."""
+
+    def __init__(self, layer: Any) -> None:
+        """Of a layer whose parts are fused already."""
+        super().__init__()
+        self.norm: FusedNorm = layer.input_layernorm
+        self.attention: FusedAttention = layer.self_attn
+        self.second_norm: FusedNorm = layer.post_attention_layernorm
+        self.mlp: FusedMLP = layer.mlp
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """As transformers calls the class that this one replaces; works in place."""
+        # The parts' own forwards, past torch's hooks: those take longer than the smallest kernels.
+        x = hidden_states
+        attended, _ = self.attention.forward(self.norm.forward(x), position_embeddings, batch=batch)
+        return x.add_(self.mlp.forward(self.second_norm.of_sum(x, attended)))
 
 
 def fuse(model: nn.Module) -> None:
@@ -182,6 +223,10 @@ def fuse(model: nn.Module) -> None:
             replacement = _replacement(child)
             if replacement is not None:
                 setattr(parent, name, replacement)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if _is_plain_layer(child):
+                setattr(parent, name, FusedLayer(child))
     # What was inside the replaced modules is gone; the rest are single linear layers.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -198,6 +243,13 @@ def _replacement(module: nn.Module) -> nn.Module | None:
     if kind.endswith("MLP"):
         return _fused_mlp(module)
     return None
+
+
+def _is_plain_layer(layer: Any) -> bool:
+    if type(layer).__name__ not in _PLAIN_LAYERS:
+        return False
+    parts = (layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn, layer.mlp)
+    return [type(part) for part in parts] == [FusedNorm, FusedNorm, FusedAttention, FusedMLP]
 
 
 def _fused_mlp(mlp: Any) -> FusedMLP | None:

@@ -108,12 +108,12 @@ class Solo:
 def request(
     prompt,
     *,
-    id="r",
+    id="r",  # noqa: A002
     resume=(),
     tenant=b"",
     constraint=None,
     tools=None,
-    **sampling,  # noqa: A002
+    **sampling,
 ):
     """A greedy request for twenty tokens, unless it says otherwise."""
     params = SamplingParams(**({"max_tokens": 20, "temperature": 0.0} | sampling))

@@ -16,6 +16,7 @@ class Kernels:
 
     attend: Any
     rms_norm: Any
+    add_rms_norm: Any
     silu_gated: Any
     gelu_gated: Any
     rotate: Any
@@ -25,6 +26,7 @@ class Kernels:
 FLOAT32: Final = Kernels(
     attend=attention.attend_float32,
     rms_norm=layers.rms_norm_float32,
+    add_rms_norm=layers.add_rms_norm_float32,
     silu_gated=layers.silu_gated_float32,
     gelu_gated=layers.gelu_gated_float32,
     rotate=rotary.rotate_float32,
@@ -33,6 +35,7 @@ FLOAT32: Final = Kernels(
 BFLOAT16: Final = Kernels(
     attend=attention.attend_bfloat16,
     rms_norm=layers.rms_norm_bfloat16,
+    add_rms_norm=layers.add_rms_norm_bfloat16,
     silu_gated=layers.silu_gated_bfloat16,
     gelu_gated=layers.gelu_gated_bfloat16,
     rotate=rotary.rotate_bfloat16,

@@ -60,6 +60,31 @@ def rms_norm_bfloat16(x_at, weight_at, out_at, rows, width, epsilon, offset):
 
 
 @njit(**KERNEL)
+def _add_rms_norm(x, addend, weight, out, rows, width, epsilon, offset):
+    for row in range(rows):
+        at = row * width
+        for i in range(width):
+            store(x, at + i, load(x, at + i) + load(addend, at + i))
+        scale = row_scale(x, at, width, np.float32(epsilon))
+        for i in range(width):
+            store(out, at + i, load(x, at + i) * scale * (np.float32(offset) + weight[i]))
+
+
+@njit(**KERNEL)
+def add_rms_norm_float32(x_at, addend_at, weight_at, out_at, rows, width, epsilon, offset):
+    """x += addend, then out = x / rms(x) · (offset + weight)."""
+    x, addend, out = float32_at(x_at), float32_at(addend_at), float32_at(out_at)
+    _add_rms_norm(x, addend, float32_at(weight_at), out, rows, width, epsilon, offset)
+
+
+@njit(**KERNEL)
+def add_rms_norm_bfloat16(x_at, addend_at, weight_at, out_at, rows, width, epsilon, offset):
+    """As `add_rms_norm_float32`."""
+    x, addend, out = bfloat16_at(x_at), bfloat16_at(addend_at), bfloat16_at(out_at)
+    _add_rms_norm(x, addend, float32_at(weight_at), out, rows, width, epsilon, offset)
+
+
+@njit(**KERNEL)
 def _silu_gated(x, out, rows, width):
     for row in range(rows):
         gate, up, to = 2 * row * width, (2 * row + 1) * width, row * width
