@@ -21,12 +21,12 @@ from pinaivu_node.config import CoordinatorSettings, ProviderSettings
 from pinaivu_node.coordinator.config import CoordinatorConfig
 from pinaivu_node.coordinator.service import Coordinator, serve_coordinator
 from pinaivu_node.coordinator.store import open_store, sqlite_url
-from pinaivu_node.engine.berth import FleetModel
 from pinaivu_node.engine.client import ProcessEngine, open_engine
 from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
-from pinaivu_node.engine.fleet import FleetConfig, open_fleet
-from pinaivu_node.engine.footprint import default_budget, footprint_of, resident_bytes
-from pinaivu_node.engine.openai import open_openai_engine
+from pinaivu_node.engine.fleet.berth import FleetModel
+from pinaivu_node.engine.fleet.fleet import FleetConfig, open_fleet
+from pinaivu_node.engine.fleet.footprint import default_budget, footprint_of, resident_bytes
+from pinaivu_node.engine.openai.engine import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import Engine
 from pinaivu_node.identity import load_or_create_seed

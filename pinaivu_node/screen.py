@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pinaivu_node.engine.residency import Residence, Standing
+from pinaivu_node.engine.fleet.residency import Residence, Standing
 from pinaivu_node.protocol.inference import Finish
 from pinaivu_node.provider.statistics import (
     FinishedJob,

@@ -7,7 +7,7 @@ import pytest
 import trio
 from rich.console import Console
 
-from pinaivu_node.engine.residency import Residence, Standing
+from pinaivu_node.engine.fleet.residency import Residence, Standing
 from pinaivu_node.protocol.inference import Finish, RefuseReason
 from pinaivu_node.protocol.market import PassReason
 from pinaivu_node.provider.statistics import (

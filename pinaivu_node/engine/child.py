@@ -38,8 +38,8 @@ from pinaivu_node.engine.frames import (
 )
 
 if TYPE_CHECKING:
-    from pinaivu_node.engine.preparation import Preparation, Prepared, Unprepared
-    from pinaivu_node.engine.step_loop import StepLoop
+    from pinaivu_node.engine.batching.preparation import Preparation, Prepared, Unprepared
+    from pinaivu_node.engine.batching.step_loop import StepLoop
 
     Said = Frame | Prepared | Unprepared
 
@@ -81,7 +81,7 @@ def _read(source: int, queues: _Queues) -> None:
 
 def _prepare(preparation: Preparation, queues: _Queues) -> None:
     """Turn requests into answers, in the order in which they came."""
-    from pinaivu_node.engine.preparation import Unprepared
+    from pinaivu_node.engine.batching.preparation import Unprepared
 
     while True:
         match queues.work.get():
@@ -125,9 +125,9 @@ def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) 
     if not (config.model / "config.json").is_file():
         say(LoadFailed(f"{config.model} holds no model (no config.json): pull it again"))
         return
-    from pinaivu_node.engine.loading import LoadError, load
-    from pinaivu_node.engine.preparation import Preparation
-    from pinaivu_node.engine.step_loop import StepLoop
+    from pinaivu_node.engine.batching.preparation import Preparation
+    from pinaivu_node.engine.batching.step_loop import StepLoop
+    from pinaivu_node.engine.model.loading import LoadError, load
 
     try:
         model = load(config, progress)

@@ -15,9 +15,9 @@ from typing import Final
 
 import trio
 
-from pinaivu_node.engine import noise
 from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
 from pinaivu_node.engine.prompt_size import count_tokens
+from pinaivu_node.engine.sampling import noise
 from pinaivu_node.engine.types import (
     EmbeddingRequest,
     Embeddings,

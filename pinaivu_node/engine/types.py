@@ -1,7 +1,7 @@
 """What is asked of an engine and what it answers: frozen records that cross a process boundary.
 
 `Engine` is the interface that the provider holds; `client.py` implements it over a child process
-that runs a model, `openai.py` over any OpenAI-compatible local server, `synthetic.py` without a
+that runs a model, `openai/` over any OpenAI-compatible local server, `synthetic.py` without a
 model, for measuring everything else.
 """
 

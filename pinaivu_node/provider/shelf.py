@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from pinaivu_node.engine.residency import Residence, Standing
+from pinaivu_node.engine.fleet.residency import Residence, Standing
 from pinaivu_node.engine.types import Engine
 from pinaivu_node.protocol.ids import Digest, Milliseconds, ModelName
 from pinaivu_node.protocol.market import NO_DELAY, JobKind, ModelOffer

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from pinaivu_node.engine.residency import Residence
+from pinaivu_node.engine.fleet.residency import Residence
 from pinaivu_node.engine.types import GenerationRequest, TokenEvent
 from pinaivu_node.protocol.ids import (
     Milliseconds,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from pinaivu_node.engine.residency import Standing
+from pinaivu_node.engine.fleet.residency import Standing
 from pinaivu_node.protocol.ids import ModelName, NanoX, PeerId, RequestId
 from pinaivu_node.protocol.inference import Finish, RefuseReason
 from pinaivu_node.protocol.market import PassReason

@@ -6,11 +6,11 @@ import queue
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pinaivu_node.engine.batching.preparation import Preparation
+from pinaivu_node.engine.batching.step_loop import StepLoop
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import Accepted, Refused
-from pinaivu_node.engine.loading import LoadedModel, load
-from pinaivu_node.engine.preparation import Preparation
-from pinaivu_node.engine.step_loop import StepLoop
+from pinaivu_node.engine.model.loading import LoadedModel, load
 from pinaivu_node.engine.types import (
     FinishReason,
     GenerationRequest,

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pinaivu_node.engine.blocks import BlockPool, next_name, root_name
-from pinaivu_node.engine.sequence import Sequence
+from pinaivu_node.engine.batching.blocks import BlockPool, next_name, root_name
+from pinaivu_node.engine.batching.sequence import Sequence
 
 SIZE = 4
 

@@ -8,9 +8,9 @@ import pytest
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
-from pinaivu_node.engine.dialects import dialect_of
-from pinaivu_node.engine.text import ByteDetokenizer
-from pinaivu_node.engine.token_bytes import TokenBytes
+from pinaivu_node.engine.chat.dialects import dialect_of
+from pinaivu_node.engine.chat.text import ByteDetokenizer
+from pinaivu_node.engine.chat.token_bytes import TokenBytes
 from pinaivu_node.engine.types import ConstraintKind, Tool, ToolChoice, ToolUse
 
 from .families import FAMILIES

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import trio
 
-from pinaivu_node.engine.berth import FleetModel
-from pinaivu_node.engine.fleet import FleetConfig, open_fleet
-from pinaivu_node.engine.residency import Residence
+from pinaivu_node.engine.fleet.berth import FleetModel
+from pinaivu_node.engine.fleet.fleet import FleetConfig, open_fleet
+from pinaivu_node.engine.fleet.residency import Residence
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import (
     EmbeddingRequest,

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.footprint import (
+from pinaivu_node.engine.fleet.footprint import (
     default_budget,
     footprint_of,
     kv_bytes,

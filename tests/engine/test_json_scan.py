@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.json_scan import JsonScanner, Malformed
+from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from pinaivu_node.engine.config import OpenAIEngineConfig
-from pinaivu_node.engine.openai import open_openai_engine
+from pinaivu_node.engine.openai.engine import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import (
     ChatMessage,
@@ -215,8 +215,8 @@ async def test_a_broken_stream_is_a_dead_engine():
 
 
 async def test_a_server_that_comes_back_is_ready_again(monkeypatch):
-    monkeypatch.setattr("pinaivu_node.engine.openai._PROBE_S", 0.01)
-    monkeypatch.setattr("pinaivu_node.engine.openai._IDLE_PROBE_S", 0.01)
+    monkeypatch.setattr("pinaivu_node.engine.openai.engine._PROBE_S", 0.01)
+    monkeypatch.setattr("pinaivu_node.engine.openai.engine._IDLE_PROBE_S", 0.01)
     async with serving() as (engine, server):
         for loaded in ([], ["big"]):
             server.loaded = loaded

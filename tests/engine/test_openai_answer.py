@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.openai_answer import ServerAnswer
+from pinaivu_node.engine.openai.answer import ServerAnswer
 from pinaivu_node.engine.types import (
     Alternative,
     ChatMessage,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pinaivu_node.engine.openai_request import request_body
+from pinaivu_node.engine.openai.request import request_body
 from pinaivu_node.engine.types import (
     ChatMessage,
     Constraint,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.conversation import alternating, system_first
-from pinaivu_node.engine.prompts import PromptEncoder
+from pinaivu_node.engine.chat.conversation import alternating, system_first
+from pinaivu_node.engine.chat.prompts import PromptEncoder
 from pinaivu_node.engine.types import ChatMessage, PromptRefused, Tool, ToolCall, ToolUse
 
 from .conftest import CHAT_TEMPLATE, SPECIAL, make_tokenizer

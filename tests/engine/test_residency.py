@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.residency import (
+from pinaivu_node.engine.fleet.residency import (
     NoRoom,
     Residence,
     Room,

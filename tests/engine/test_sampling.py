@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_node.engine import noise, sampling, tensor_draw
 from pinaivu_node.engine.kernels import cut
 from pinaivu_node.engine.kernels import score as definition
-from pinaivu_node.engine.sampling import Broken, Chosen, Draw, SequenceSampling, choose
-from pinaivu_node.engine.tensor_draw import uniform_noise
+from pinaivu_node.engine.sampling import noise, sampler, tensor_draw
+from pinaivu_node.engine.sampling.sampler import Broken, Chosen, Draw, SequenceSampling, choose
+from pinaivu_node.engine.sampling.tensor_draw import uniform_noise
 from pinaivu_node.engine.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    sampling.warm_up()
+    sampler.warm_up()
     yield
     torch.set_num_threads(before)
 
@@ -41,9 +41,9 @@ def state(*, prompt=(), answer=(), vocabulary=8, **params) -> SequenceSampling:
 
 def by_tensors(logits: torch.Tensor, draws: list[Draw]) -> list[Chosen | Broken]:
     """What `choose` does on a GPU, on the CPU."""
-    wholes, reals = sampling._by_tensors(logits, draws)
+    wholes, reals = sampler._by_tensors(logits, draws)
     return [
-        sampling._outcome(draw, whole, real)
+        sampler._outcome(draw, whole, real)
         for draw, whole, real in zip(draws, wholes, reals, strict=True)
     ]
 
@@ -74,7 +74,7 @@ def rounded(x: float) -> float:
 
 
 def plain(logits: list[float], draw: Draw, *, prompt=(), answer=()) -> int | None:
-    """The definition that `sampling.py` opens with, step by step; exact but for ties in weight."""
+    """The definition that `sampler.py` opens with, step by step; exact but for ties in weight."""
     params = draw.state.params
     adjusted = {
         token: plainly_adjusted(token, x, params, prompt=prompt, answer=answer)

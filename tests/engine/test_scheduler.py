@@ -5,9 +5,9 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.blocks import BlockPool
-from pinaivu_node.engine.scheduler import Fit, Scheduler
-from pinaivu_node.engine.sequence import Sequence
+from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.batching.scheduler import Fit, Scheduler
+from pinaivu_node.engine.batching.sequence import Sequence
 
 SIZE = 4
 

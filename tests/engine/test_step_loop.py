@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pinaivu_node.engine.loading import LoadError, load
+from pinaivu_node.engine.model.loading import LoadError, load
 from pinaivu_node.engine.types import (
     ChatMessage,
     FinishReason,

@@ -7,8 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from pinaivu_node.engine.text import AnswerText, ByteDetokenizer, StopStrings, WindowDetokenizer
-from pinaivu_node.engine.token_bytes import TokenBytes
+from pinaivu_node.engine.chat.text import (
+    AnswerText,
+    ByteDetokenizer,
+    StopStrings,
+    WindowDetokenizer,
+)
+from pinaivu_node.engine.chat.token_bytes import TokenBytes
 
 from .conftest import make_tokenizer
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.call_syntax import deepseek_mark
-from pinaivu_node.engine.dialects import SYNTAXES, Dialect, dialect_of
-from pinaivu_node.engine.tool_calls import call_id
+from pinaivu_node.engine.chat.call_syntax import deepseek_mark
+from pinaivu_node.engine.chat.dialects import SYNTAXES, Dialect, dialect_of
+from pinaivu_node.engine.chat.tool_calls import call_id
 from pinaivu_node.engine.types import Tool, ToolChoice, ToolUse
 
 from .conftest import make_tokenizer

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pinaivu_node.engine.sampling import Draw, SequenceSampling, choose
+from pinaivu_node.engine.sampling.sampler import Draw, SequenceSampling, choose
 from pinaivu_node.engine.types import SamplingParams
 
 pytestmark = [

@@ -14,12 +14,12 @@ import trio
 from devnets import NODE, devnet
 from rich.console import Console
 
-from pinaivu_node.engine.berth import FleetModel
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.fleet import FleetConfig, open_fleet
-from pinaivu_node.engine.footprint import footprint_of, resident_bytes
-from pinaivu_node.engine.residency import Residence
+from pinaivu_node.engine.fleet.berth import FleetModel
+from pinaivu_node.engine.fleet.fleet import FleetConfig, open_fleet
+from pinaivu_node.engine.fleet.footprint import footprint_of, resident_bytes
+from pinaivu_node.engine.fleet.residency import Residence
 from pinaivu_node.engine.types import EngineBusy, GenerationRequest, SamplingParams
 from pinaivu_node.models.progress import ConsoleProgress
 from pinaivu_node.models.pull import pull

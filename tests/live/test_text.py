@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pinaivu_node.engine.text import ByteDetokenizer
-from pinaivu_node.engine.token_bytes import TokenBytes
+from pinaivu_node.engine.chat.text import ByteDetokenizer
+from pinaivu_node.engine.chat.token_bytes import TokenBytes
 
 pytestmark = pytest.mark.live
 

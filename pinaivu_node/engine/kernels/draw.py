@@ -1,4 +1,4 @@
-"""One token per row of logits on the CPU: the definition of `sampling.py`, in a few passes.
+"""One token per row of logits on the CPU: the definition of `sampler.py`, in a few passes.
 
 A row is scanned once for the largest logit of each block of 64.  What follows skips blocks by that:
 a greedy row is done, the cut of a nucleus is found by histogram, never by sorting, and the draw is

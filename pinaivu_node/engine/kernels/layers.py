@@ -72,7 +72,7 @@ def _add_rms_norm(x, addend, weight, out, rows, width, epsilon, offset):
 
 @njit(**KERNEL)
 def add_rms_norm_float32(x_at, addend_at, weight_at, out_at, rows, width, epsilon, offset):
-    """x += addend, then out = x / rms(x) · (offset + weight)."""
+    """X += addend, then out = x / rms(x) · (offset + weight)."""
     x, addend, out = float32_at(x_at), float32_at(addend_at), float32_at(out_at)
     _add_rms_norm(x, addend, float32_at(weight_at), out, rows, width, epsilon, offset)
 

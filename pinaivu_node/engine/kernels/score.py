@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from pinaivu_node.engine import noise
+from pinaivu_node.engine.sampling import noise
 
 INFINITE_KEY: Final = 0x7F800000
 """The key of a token that cannot be chosen."""

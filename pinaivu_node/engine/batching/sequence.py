@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pinaivu_node.engine.blocks import next_name, root_name
+from pinaivu_node.engine.batching.blocks import next_name, root_name
 
 
 @dataclass(slots=True, eq=False)

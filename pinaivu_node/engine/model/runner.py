@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from pinaivu_node.engine.attention import Batch, KvCache
-from pinaivu_node.engine.scheduler import Chunk
+from pinaivu_node.engine.batching.scheduler import Chunk
+from pinaivu_node.engine.model.attention import Batch, KvCache
 
 
 class StepCache(KvCache, Protocol):

@@ -28,9 +28,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from pinaivu_node.engine import noise, tensor_draw
 from pinaivu_node.engine.kernels import draw as columns
 from pinaivu_node.engine.kernels import score as definition
+from pinaivu_node.engine.sampling import noise, tensor_draw
 from pinaivu_node.engine.types import SamplingParams
 
 GREEDY_BELOW: Final = 1e-4

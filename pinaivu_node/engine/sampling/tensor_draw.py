@@ -1,4 +1,4 @@
-"""One token per row of logits by torch operations, on any device: the definition of `sampling.py`.
+"""One token per row of logits by torch operations, on any device: the definition of `sampler.py`.
 
 Bit for bit what `kernels/draw.py` computes, and for every row what it would be alone.  Each step is
 one rounded operation per element; what is summed are whole numbers, so that no reduction's order
@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from pinaivu_node.engine import noise
 from pinaivu_node.engine.kernels import draw as columns
 from pinaivu_node.engine.kernels import score as definition
+from pinaivu_node.engine.sampling import noise
 
 _MAGNITUDE: Final = int(definition.MAGNITUDE)
 _POLYNOMIAL: Final = [

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from pinaivu_node.engine.chat_template import ArgumentsAs, Turn
-from pinaivu_node.engine.dialects import Dialect
+from pinaivu_node.engine.chat.chat_template import ArgumentsAs, Turn
+from pinaivu_node.engine.chat.dialects import Dialect
 from pinaivu_node.engine.types import ChatMessage, PromptRefused, Tool, ToolCall
 
 Plain = Callable[[str], str]

@@ -1,6 +1,6 @@
 """Any OpenAI-compatible server as an engine: vLLM, SGLang, Ollama, llama.cpp and their kin.
 
-What is posted is decided in `openai_request.py`, and what comes back is read by `openai_answer.py`,
+What is posted is decided in `request.py`, and what comes back is read by `answer.py`,
 which also says what the token ids here are: positions, for such a server tells none.  For the same
 reason an answer of such a server cannot be resumed elsewhere, nor one from elsewhere here.
 `input_tokens` is 0 until the server has told it: with a running count from the first chunk on, else
@@ -20,9 +20,9 @@ import trio
 
 from pinaivu_node.engine.config import OpenAIEngineConfig
 from pinaivu_node.engine.gauge import Occupancy, SpeedGauge, Timing
-from pinaivu_node.engine.openai_answer import ServerAnswer
-from pinaivu_node.engine.openai_embeddings import embedding_bodies, read_embeddings
-from pinaivu_node.engine.openai_request import request_body
+from pinaivu_node.engine.openai.answer import ServerAnswer
+from pinaivu_node.engine.openai.embeddings import embedding_bodies, read_embeddings
+from pinaivu_node.engine.openai.request import request_body
 from pinaivu_node.engine.types import (
     EmbeddingRequest,
     Embeddings,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pinaivu_node.engine.tagged_calls import is_text
+from pinaivu_node.engine.chat.tagged_calls import is_text
 from pinaivu_node.engine.types import Constraint, ConstraintKind, Tool, ToolChoice, ToolUse
 
 _GUIDANCE: Final = {

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pinaivu_node.engine.call_syntax import Read, Sink, literal, need, solid, until
+from pinaivu_node.engine.chat.call_syntax import Read, Sink, literal, need, solid, until
 
 _MAX_VALUE: Final = 1 << 16
 """Characters of one argument, a file of source code say."""

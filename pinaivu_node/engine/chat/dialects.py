@@ -15,10 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pinaivu_node.engine import call_syntax, tagged_calls
-from pinaivu_node.engine.call_grammar import AnyForm, Form, PythonForm, TaggedForm, grammar
-from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ArgumentsAs, ChatTemplate, shared
-from pinaivu_node.engine.tool_calls import Opener, ToolCallParser
+from pinaivu_node.engine.chat import call_syntax, tagged_calls
+from pinaivu_node.engine.chat.call_grammar import AnyForm, Form, PythonForm, TaggedForm, grammar
+from pinaivu_node.engine.chat.chat_template import (
+    TEMPLATE_FAULTS,
+    ArgumentsAs,
+    ChatTemplate,
+    shared,
+)
+from pinaivu_node.engine.chat.tool_calls import Opener, ToolCallParser
 from pinaivu_node.engine.types import Constraint, Tool, ToolChoice, ToolUse
 
 

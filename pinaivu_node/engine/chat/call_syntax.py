@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
-from pinaivu_node.engine.json_scan import JsonScanner, Malformed
+from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed
 
 T = TypeVar("T")
 Read = Generator[None, str, T]

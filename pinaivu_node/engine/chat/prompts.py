@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final, TypeAlias
 
-from pinaivu_node.engine.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn, shared
-from pinaivu_node.engine.conversation import Conversation, alternating
-from pinaivu_node.engine.dialects import dialect_of
+from pinaivu_node.engine.chat.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn, shared
+from pinaivu_node.engine.chat.conversation import Conversation, alternating
+from pinaivu_node.engine.chat.dialects import dialect_of
 from pinaivu_node.engine.types import ChatMessage, PromptRefused, ToolUse
 
 _THINKING: Final = frozenset({"<think>", "</think>"})

@@ -25,8 +25,8 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModel
 
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.fused import PackedLinear
-from pinaivu_node.engine.pretrained import (
+from pinaivu_node.engine.model.fused import PackedLinear
+from pinaivu_node.engine.model.pretrained import (
     Progress,
     device_of,
     dtype_of,
@@ -34,8 +34,8 @@ from pinaivu_node.engine.pretrained import (
     read_tokenizer,
     use_threads,
 )
+from pinaivu_node.engine.model.weights import LoadError, check_folder, read_json
 from pinaivu_node.engine.types import EmbeddingRequest, Embeddings, PromptRefused
-from pinaivu_node.engine.weights import LoadError, check_folder, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.embedding import NO_VECTOR, EncoderModel, Vector
 from pinaivu_node.engine.frames import (
     GAUGES_INTERVAL_S,
     Cancel,
@@ -33,7 +32,8 @@ from pinaivu_node.engine.frames import (
     Refused,
     embedded,
 )
-from pinaivu_node.engine.pretrained import Progress
+from pinaivu_node.engine.model.embedding import NO_VECTOR, EncoderModel, Vector
+from pinaivu_node.engine.model.pretrained import Progress
 from pinaivu_node.engine.types import EmbeddingRequest, Embeddings, PromptRefused
 
 _MAX_CANCELLED: Final = 4096

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pinaivu_node.engine import kernels
-from pinaivu_node.engine.attention import Batch, Look
+from pinaivu_node.engine.model.attention import Batch, Look
 
 _OPS: Final[Any] = torch.ops.mkldnn
 """What torch's own compiler makes of linear layers on a CPU; a test names each operation."""

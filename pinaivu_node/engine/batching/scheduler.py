@@ -16,8 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from pinaivu_node.engine.blocks import BlockPool
-from pinaivu_node.engine.sequence import Sequence
+from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.batching.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 The noise of a token is a hash of (seed, position, token id).  So a text does not depend on what
 else the engine does at the time, an interrupted answer goes on elsewhere as if nothing had
 happened, and an auditor can redo every draw.  The generator is SplitMix64: `stream` names one of
-2⁶⁴ streams, and the noise of a token is that stream's output number `token_id`.  `sampling.py`
+2⁶⁴ streams, and the noise of a token is that stream's output number `token_id`.  `sampler.py`
 computes the same for a whole vocabulary at once; this is the definition that it is tested against.
 """
 

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pinaivu_node.engine.call_syntax import Read, Reader
-from pinaivu_node.engine.json_scan import Malformed
+from pinaivu_node.engine.chat.call_syntax import Read, Reader
+from pinaivu_node.engine.chat.json_scan import Malformed
 from pinaivu_node.engine.types import Tool, ToolCallDelta, ToolUse
 
 _MAX_HELD: Final = 1 << 17

@@ -15,7 +15,11 @@ from typing import Final, NoReturn
 
 import torch
 
-from pinaivu_node.engine.answer import Answer
+from pinaivu_node.engine.batching.answer import Answer
+from pinaivu_node.engine.batching.pace import Pace
+from pinaivu_node.engine.batching.preparation import Prepared, Unprepared
+from pinaivu_node.engine.batching.scheduler import Fit, Plan, Scheduler
+from pinaivu_node.engine.batching.sequence import Sequence as Tokens
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import (
     GAUGES_INTERVAL_S,
@@ -28,12 +32,8 @@ from pinaivu_node.engine.frames import (
     Pong,
     Refused,
 )
-from pinaivu_node.engine.loading import LoadedModel
-from pinaivu_node.engine.pace import Pace
-from pinaivu_node.engine.preparation import Prepared, Unprepared
-from pinaivu_node.engine.sampling import Broken, choose
-from pinaivu_node.engine.scheduler import Fit, Plan, Scheduler
-from pinaivu_node.engine.sequence import Sequence as Tokens
+from pinaivu_node.engine.model.loading import LoadedModel
+from pinaivu_node.engine.sampling.sampler import Broken, choose
 from pinaivu_node.engine.types import FinishReason, StepFrame, TokenEvent
 
 _MAX_FAILURES: Final = 3

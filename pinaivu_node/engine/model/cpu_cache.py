@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pinaivu_node.engine import kernels
-from pinaivu_node.engine.attention import Batch, Look
 from pinaivu_node.engine.kernels.attention import PAGE, scratch_floats
+from pinaivu_node.engine.model.attention import Batch, Look
 
 
 @dataclass(frozen=True, slots=True)

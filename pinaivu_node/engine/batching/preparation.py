@@ -12,16 +12,16 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Final
 
-from pinaivu_node.engine import noise
-from pinaivu_node.engine.answer import Answer, Ending
-from pinaivu_node.engine.constraint import ConstraintCompiler, Matcher
+from pinaivu_node.engine.batching.answer import Answer, Ending
+from pinaivu_node.engine.batching.sequence import Sequence
+from pinaivu_node.engine.chat.prompts import PromptEncoder
+from pinaivu_node.engine.chat.text import AnswerText, ByteDetokenizer, WindowDetokenizer
+from pinaivu_node.engine.chat.token_bytes import TokenBytes
 from pinaivu_node.engine.limits import check_request
-from pinaivu_node.engine.loading import LoadedModel, LoadError
-from pinaivu_node.engine.prompts import PromptEncoder
-from pinaivu_node.engine.sampling import SequenceSampling
-from pinaivu_node.engine.sequence import Sequence
-from pinaivu_node.engine.text import AnswerText, ByteDetokenizer, WindowDetokenizer
-from pinaivu_node.engine.token_bytes import TokenBytes
+from pinaivu_node.engine.model.loading import LoadedModel, LoadError
+from pinaivu_node.engine.sampling import noise
+from pinaivu_node.engine.sampling.constraint import ConstraintCompiler, Matcher
+from pinaivu_node.engine.sampling.sampler import SequenceSampling
 from pinaivu_node.engine.types import (
     GenerationRequest,
     PromptRefused,

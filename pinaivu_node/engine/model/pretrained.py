@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.weights import LoadError
+from pinaivu_node.engine.model.weights import LoadError
 
 Progress = Callable[[float, str], None]
 """Told how far loading is, 0 to 1, and what comes next."""

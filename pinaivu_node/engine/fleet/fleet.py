@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from pinaivu_node.engine.berth import Berth, FleetModel, Life
-from pinaivu_node.engine.residency import (
+from pinaivu_node.engine.fleet.berth import Berth, FleetModel, Life
+from pinaivu_node.engine.fleet.residency import (
     NoRoom,
     Residence,
     Room,

@@ -12,14 +12,14 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pinaivu_node.engine import attention
-from pinaivu_node.engine.blocks import BlockPool
+from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.batching.scheduler import Chunk
+from pinaivu_node.engine.batching.sequence import Sequence
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.cpu_cache import CpuKvCache, KvShape
-from pinaivu_node.engine.fused import fuse
-from pinaivu_node.engine.runner import Runner, StepCache
-from pinaivu_node.engine.scheduler import Chunk
-from pinaivu_node.engine.sequence import Sequence
+from pinaivu_node.engine.model import attention
+from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
+from pinaivu_node.engine.model.fused import fuse
+from pinaivu_node.engine.model.runner import Runner, StepCache
 
 logger = logging.getLogger(__name__)
 

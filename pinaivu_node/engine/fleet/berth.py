@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from pinaivu_node.engine.residency import Residence, Tenant
+from pinaivu_node.engine.fleet.residency import Residence, Tenant
 from pinaivu_node.engine.types import Engine, EngineStatistics
 
 _MAX_RETRY_PAUSE_S: Final = 960.0

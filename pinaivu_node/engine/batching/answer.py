@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from pinaivu_node.engine.constraint import Matcher
-from pinaivu_node.engine.sampling import Chosen, Draw, SequenceSampling
-from pinaivu_node.engine.sequence import Sequence
-from pinaivu_node.engine.text import AnswerText, Vocabulary
-from pinaivu_node.engine.tool_calls import Parsed, ToolCallParser
+from pinaivu_node.engine.batching.sequence import Sequence
+from pinaivu_node.engine.chat.text import AnswerText, Vocabulary
+from pinaivu_node.engine.chat.tool_calls import Parsed, ToolCallParser
+from pinaivu_node.engine.sampling.constraint import Matcher
+from pinaivu_node.engine.sampling.sampler import Chosen, Draw, SequenceSampling
 from pinaivu_node.engine.types import (
     Alternative,
     FinishReason,
