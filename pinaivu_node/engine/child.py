@@ -131,7 +131,7 @@ def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) 
 
     try:
         model = load(config, progress)
-        preparation = Preparation(model)
+        preparation = Preparation(model, speculates=config.speculate > 0)
         preparation.warm_up()
         on_cpu = model.device.type == "cpu"
         max_running = config.max_running or (_MAX_RUNNING_ON_CPU if on_cpu else _MAX_RUNNING_ON_GPU)

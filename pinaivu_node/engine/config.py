@@ -35,6 +35,9 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid"):
     512 take about a second of one CPU core on a small model."""
     stretch: float = Field(default=2.0, ge=1.1, le=100)
     """How many times longer a step may take for a prompt's sake while others stream."""
+    speculate: int = Field(default=0, ge=0, le=15)
+    """Tokens guessed per step from what an answer said already; 0: none.  Never changes what is
+    said in float32; makes repetitive answers faster while few stream, others a little slower."""
     max_queued: int = Field(default=8, ge=0, le=4096)
     """Requests that may wait for a place.  Eight short answers of a small model are some 20 s of
     one CPU core; a client who would wait longer is better served elsewhere."""

@@ -49,7 +49,7 @@ class Solo:
     def __init__(self, folder: Path, *, max_running: int = 8, **config) -> None:
         self.config = EngineConfig(**({"model": folder, "threads": 1, "device": "cpu"} | config))
         self.model: LoadedModel = load(self.config, lambda progress, what: None)
-        self.preparation = Preparation(self.model)
+        self.preparation = Preparation(self.model, speculates=self.config.speculate > 0)
         self.inbox = queue.SimpleQueue()
         self.preparing: set[str] = set()
         self.frames = []

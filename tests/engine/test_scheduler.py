@@ -45,7 +45,7 @@ class Simulation:
                 place = sequence.blocks[position // SIZE], position % SIZE
                 assert self.cache[place] == (position, sequence.tokens[position])
         self.scheduler.computed(plan)
-        drawn = [chunk.sequence for chunk in plan.chunks if chunk.draws]
+        drawn = [chunk.sequence for chunk in plan.chunks if chunk.rows]
         for sequence in drawn:
             sequence.tokens.append(7 * len(sequence.tokens))
         return drawn

@@ -193,7 +193,7 @@ def test_logits_that_are_no_numbers_end_that_answer_alone_and_are_not_kept(solo,
 
     def broken(chunks):
         logits = compute(chunks).clone()
-        for row, chunk in enumerate(c for c in chunks if c.draws):
+        for row, chunk in enumerate(c for c in chunks if c.rows):
             if chunk.sequence.tokens[0] == 99:
                 logits[row] = math.nan
         return logits
@@ -260,11 +260,12 @@ def varied_requests():
 @pytest.fixture(scope="module")
 def schedules(wide_model):
     """An engine with so little memory that its requests push each other out."""
-    return Solo(wide_model, max_running=6, kv_cache_gb=5 * 64 * 2 * 2 * 2 * 16 * 4 / 2**30)
+    memory = 5 * 64 * 2 * 2 * 2 * 16 * 4 / 2**30
+    return Solo(wide_model, max_running=6, kv_cache_gb=memory, speculate=5)
 
 
 def test_two_hundred_schedules_and_one_text(schedules):
-    """Joins, leaves, cancels, preemptions, chunks of any size, resumes at every position."""
+    """Joins, leaves, cancels, preemptions, chunks and guesses of any size, resumes everywhere."""
     solo = schedules
     assert solo.model.pool.count == 5
     texts = {}
@@ -307,6 +308,7 @@ def one_schedule(solo: Solo, rng: random.Random, seed: int, texts) -> None:
             if cancels and rng.random() < 0.1 and solo.answers[resumed.id, 0].finish is None:
                 solo.inbox.put(Cancel(resumed.id))
         solo.loop._pace.chunk = lambda decoding: rng.choice((1, 7, 16, 33, 200))
+        solo.loop._speculate = rng.choice((0, 2, 5))
         solo.step()
     for resumed, whole, at, _ in asked:
         said = solo.answers[resumed.id, 0]
@@ -315,6 +317,25 @@ def one_schedule(solo: Solo, rng: random.Random, seed: int, texts) -> None:
         else:
             assert (whole.token_ids[at:], whole.finish) == (said.token_ids, said.finish)
             assert whole.text.endswith(said.text)
+
+
+def test_right_guesses_save_steps_and_change_nothing(tiny_model):
+    said, steps = {}, {}
+    for speculate in (0, 5):
+        solo = Solo(tiny_model, context_window=512, speculate=speculate)
+        # Mostly the same token for ever, now and then another one.
+        drawn = {"temperature": 1.0, "logit_bias": {11: 52.0, 12: 50.0}, "ignore_eos": True}
+        answers = solo.run(
+            request((3, 1, 4), id="plain", max_tokens=100, seed=3, logprobs=2, **drawn),
+            request((3, 1, 4), id="penalised", max_tokens=100, seed=4, frequency_penalty=0.3,
+                    **drawn),
+        )  # fmt: skip
+        said[speculate] = [(each.token_ids, each.text, each.logprobs) for each in answers]
+        steps[speculate] = solo.steps
+        assert set(answers[0].token_ids) == {11, 12}
+        assert solo.model.pool.statistics(now=0.0).in_use == 0
+    assert said[0] == said[5]
+    assert steps[5] < 0.7 * steps[0]
 
 
 # --- what cannot be loaded ------------------------------------------------------------------------

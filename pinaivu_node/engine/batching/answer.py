@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from pinaivu_node.engine.batching.lookup import PromptLookup
 from pinaivu_node.engine.batching.sequence import Sequence
 from pinaivu_node.engine.chat.text import AnswerText, Vocabulary
 from pinaivu_node.engine.chat.tool_calls import Parsed, ToolCallParser
@@ -43,6 +44,7 @@ class Answer:
         vocabulary: Vocabulary,
         parser: ToolCallParser | None = None,
         matcher: Matcher | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         """`sequence` is the prompt alone: what a resumed answer has already is taken here."""
         self.sequence: Final = sequence
@@ -57,12 +59,24 @@ class Answer:
         self._ending = ending
         self._vocabulary = vocabulary
         self._parser = parser
+        self._lookup = lookup
         if len(sequence.tokens) >= ending.length:
             self.finished = FinishReason.LENGTH
         # The reader has the text of these; text, calls and penalties go on from where they were.
         for token_id in request.resume_token_ids:
             if self.finished is None:
                 self._take(token_id)
+
+    def guess(self, most: int) -> list[int]:
+        """At most so many tokens that may come next; fewer than the answer can still have."""
+        if self._lookup is None:
+            return []
+        return self._lookup.guess(min(most, self._ending.length - len(self.sequence.tokens) - 1))
+
+    def judge(self, *, guessed: int, right: int) -> None:
+        """What came of a guess."""
+        if self._lookup is not None:
+            self._lookup.judge(guessed=guessed, right=right)
 
     def draw(self, allowed: object) -> Draw:
         """What the sampler needs for this answer's next token."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pinaivu_node.engine.batching.answer import Answer, Ending
+from pinaivu_node.engine.batching.lookup import PromptLookup
 from pinaivu_node.engine.batching.sequence import Sequence
 from pinaivu_node.engine.chat.prompts import PromptEncoder
 from pinaivu_node.engine.chat.text import AnswerText, ByteDetokenizer, WindowDetokenizer
@@ -54,8 +55,10 @@ class Unprepared:
 class Preparation:
     """What turns requests into answers, for one model.  Not for two threads at once."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, speculates: bool = False) -> None:
+        """`speculates`: answers guess at their next tokens (see `lookup.py`)."""
         self._model = model
+        self._speculates = speculates
         self._vocabulary = TokenBytes(model.tokenizer)
         self._encoder = PromptEncoder(
             model.tokenizer,
@@ -113,12 +116,13 @@ class Preparation:
         model = self._model
         stop_ids = frozenset(params.stop_token_ids)
         matcher = self._matcher(request)
+        sequence = Sequence(list(prompt), tenant=request.tenant)
         if not params.ignore_eos or matcher is not None:
             stop_ids |= model.eos_ids
         return Answer(
             request,
             index=index,
-            sequence=Sequence(list(prompt), tenant=request.tenant),
+            sequence=sequence,
             sampling=SequenceSampling(
                 params,
                 seed=noise.answer_seed(params.seed, index),
@@ -132,6 +136,7 @@ class Preparation:
             vocabulary=self._vocabulary,
             parser=self._encoder.dialect.parser(request.tools, request_id=request.id, answer=index),
             matcher=matcher,
+            lookup=PromptLookup(sequence.tokens) if self._speculates else None,
         )
 
     def _matcher(self, request: GenerationRequest) -> Matcher | None:

@@ -13,6 +13,7 @@ there is room.  That costs time and nothing else: the answer goes on with the ve
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,16 +23,26 @@ from pinaivu_node.engine.batching.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute these tokens of a sequence."""
+    """Compute these tokens of a sequence, and after its last one what is guessed to follow."""
 
     sequence: Sequence
     start: int
     count: int
+    """Without what is guessed."""
+    guess: tuple[int, ...] = ()
 
     @property
-    def draws(self) -> bool:
-        """Whether the sequence's next token can be drawn afterwards."""
-        return self.start + self.count == len(self.sequence.tokens)
+    def tokens(self) -> list[int]:
+        """All that is to be computed."""
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.guess]
+
+    @property
+    def rows(self) -> int:
+        """How many of its last tokens are to have logits: one if the sequence's next token can be
+        drawn afterwards, and one per guess.
+        """
+        reaches_end = self.start + self.count == len(self.sequence.tokens)
+        return 1 + len(self.guess) if reaches_end else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +98,23 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def plan(self, *, prefill_tokens: int, now: float) -> Plan:
-        """The next step, with at most so many tokens of prompts; blocks for it are taken."""
+    def plan(
+        self,
+        *,
+        prefill_tokens: int,
+        now: float,
+        guess: Callable[[Sequence], list[int]] = lambda _sequence: [],
+    ) -> Plan:
+        """The next step, with at most so many tokens of prompts; blocks for it are taken.
+
+        `guess` says what may follow a sequence that streams; no block is taken for that.
+        """
         decoding = self._plan_decode(now=now)
-        chunks = [Chunk(each, each.computed, 1) for each in decoding]
+        chunks = []
+        for each in decoding:
+            room = len(each.blocks) * self._pool.size - len(each.tokens)
+            guessed = tuple(guess(each)[:room]) if room else ()
+            chunks.append(Chunk(each, each.computed, 1, guessed))
         budget = prefill_tokens
         for sequence in self.running:
             if budget > 0 and not sequence.is_decoding:
@@ -104,16 +128,22 @@ class Scheduler:
         return Plan(tuple(chunks), len(decoding))
 
     def computed(self, plan: Plan) -> None:
-        """The step was made: its keys and values are in the cache."""
+        """The step was made: its keys and values, but for what was guessed, are in the cache."""
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            before = sequence.computed // self._pool.size
-            sequence.computed = chunk.start + chunk.count
-            after = sequence.computed // self._pool.size
-            if after > before:
-                names = sequence.name_blocks(size=self._pool.size)
-                for number in range(before, after):
-                    self._pool.name(sequence.blocks[number], names[number])
+            self._advance(chunk.sequence, chunk.count)
+
+    def guessed_right(self, sequence: Sequence) -> None:
+        """The token that was drawn is the one that was guessed, and computed already."""
+        self._advance(sequence, 1)
+
+    def _advance(self, sequence: Sequence, tokens: int) -> None:
+        before = sequence.computed // self._pool.size
+        sequence.computed += tokens
+        after = sequence.computed // self._pool.size
+        if after > before:
+            names = sequence.name_blocks(size=self._pool.size)
+            for number in range(before, after):
+                self._pool.name(sequence.blocks[number], names[number])
 
     def _plan_decode(self, *, now: float) -> list[Sequence]:
         """The sequences that stream, each with a block for its next token.

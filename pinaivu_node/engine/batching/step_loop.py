@@ -33,12 +33,17 @@ from pinaivu_node.engine.frames import (
     Refused,
 )
 from pinaivu_node.engine.model.loading import LoadedModel
-from pinaivu_node.engine.sampling.sampler import Broken, choose
+from pinaivu_node.engine.sampling.sampler import Broken, Chosen, choose
 from pinaivu_node.engine.types import FinishReason, StepFrame, TokenEvent
 
 _MAX_FAILURES: Final = 3
 """Steps that fail in a row before the process gives itself up: one is a request's fault, three are
 a device in a bad state, which only a new process cures."""
+
+
+_GUESS_ROWS: Final = 16
+"""Tokens of a decode step, guesses included: up to so many, reading the weights is what takes time
+on a CPU as on a GPU, and a guess costs little."""
 
 
 @dataclass(slots=True)
@@ -48,6 +53,17 @@ class _Job:
     answers: list[Answer]
     deadline: float
     """On the monotonic clock."""
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """An answer whose next tokens are being drawn, from these logits on."""
+
+    answer: Answer
+    row: int
+    guess: tuple[int, ...]
+    right: int = 0
+    """How many of the guess were drawn."""
 
 
 class StepLoop:
@@ -71,6 +87,7 @@ class StepLoop:
         self._preparing = preparing
         self._say = say
         self._scheduler = Scheduler(model.pool, max_running=max_running)
+        self._speculate = config.speculate
         self._pace = Pace(longest_chunk=config.prefill_chunk, stretch=config.stretch)
         self._jobs: dict[str, _Job] = {}
         self._answers: dict[Tokens, tuple[str, Answer]] = {}
@@ -108,8 +125,12 @@ class StepLoop:
         """One step, if there is anything to compute."""
         now = time.monotonic()
         events = self._expired(now)
+        streaming = self._streaming()
+        most = min(self._speculate, _GUESS_ROWS // streaming - 1) if streaming else 0
         plan = self._scheduler.plan(
-            prefill_tokens=self._pace.chunk(decoding=self._streaming()), now=now
+            prefill_tokens=self._pace.chunk(decoding=streaming),
+            now=now,
+            guess=lambda sequence: self._answers[sequence][1].guess(most) if most > 0 else [],
         )
         if plan.chunks:
             events += self._made(plan)
@@ -188,8 +209,8 @@ class StepLoop:
         """Compute a step; what it brought."""
         try:
             logits = self._model.runner.compute(plan.chunks)
-            drawing = [self._answers[c.sequence][1] for c in plan.chunks if c.draws]
-            events = self._drawn(logits, drawing, plan)
+            self._scheduler.computed(plan)
+            events = self._drawn(logits, plan)
         except Exception as exc:
             traceback.print_exc()
             self._failures += 1
@@ -202,32 +223,60 @@ class StepLoop:
         self._failures = 0
         return events
 
-    def _drawn(
-        self, logits: torch.Tensor, answers: Sequence[Answer], plan: Plan
-    ) -> list[TokenEvent]:
-        draws = []
-        for row, answer in enumerate(answers):
-            allowed = None
-            if answer.matcher is not None:
-                allowed = self._mask[row]
-                answer.matcher.fill(allowed)
-            draws.append(answer.draw(allowed))
-        chosen = choose(logits, draws) if draws else []
-        self._scheduler.computed(plan)
-        events = []
-        for answer, token in zip(answers, chosen, strict=True):
-            request_id, _ = self._answers[answer.sequence]
-            if isinstance(token, Broken):
-                # Whatever made these logits may lie in the cache.
-                self._model.pool.unname(answer.sequence.blocks)
-                events.append(
-                    self._close(request_id, answer, FinishReason.ERROR, error=token.reason)
-                )
-                continue
-            events.append(answer.take(token))
-            if answer.finished is not None:
-                self._forget(request_id, answer)
+    def _drawn(self, logits: torch.Tensor, plan: Plan) -> list[TokenEvent]:
+        """Draw a token for each answer, and more where it is the one that was guessed."""
+        drawing = []
+        row = 0
+        for chunk in plan.chunks:
+            if chunk.rows:
+                drawing.append(_Drawing(self._answers[chunk.sequence][1], row, chunk.guess))
+                row += chunk.rows
+        events: list[TokenEvent] = []
+        going_on = drawing
+        while going_on:
+            chosen = self._choose(logits, going_on)
+            going_on = [
+                each
+                for each, token in zip(going_on, chosen, strict=True)
+                if self._take(each, token, events)
+            ]
+        for each in drawing:
+            if each.guess:
+                each.answer.judge(guessed=len(each.guess), right=each.right)
         return events
+
+    def _choose(
+        self, logits: torch.Tensor, drawing: Sequence[_Drawing]
+    ) -> Sequence[Chosen | Broken]:
+        draws = []
+        for number, each in enumerate(drawing):
+            allowed = None
+            if each.answer.matcher is not None:
+                allowed = self._mask[number]
+                each.answer.matcher.fill(allowed)
+            draws.append(each.answer.draw(allowed))
+        rows = [each.row for each in drawing]
+        return choose(logits if len(rows) == len(logits) else logits[rows], draws)
+
+    def _take(self, drawing: _Drawing, token: Chosen | Broken, events: list[TokenEvent]) -> bool:
+        """Account for one token; whether the next one can be drawn as well."""
+        answer = drawing.answer
+        request_id, _ = self._answers[answer.sequence]
+        if isinstance(token, Broken):
+            # Whatever made these logits may lie in the cache.
+            self._model.pool.unname(answer.sequence.blocks)
+            events.append(self._close(request_id, answer, FinishReason.ERROR, error=token.reason))
+            return False
+        events.append(answer.take(token))
+        if answer.finished is not None:
+            self._forget(request_id, answer)
+            return False
+        if drawing.guess[drawing.right : drawing.right + 1] != (token.token_id,):
+            return False
+        self._scheduler.guessed_right(answer.sequence)
+        drawing.right += 1
+        drawing.row += 1
+        return True
 
     def _expired(self, now: float) -> list[TokenEvent]:
         late = [job for job in self._jobs.values() if now > job.deadline]

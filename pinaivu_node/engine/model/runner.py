@@ -29,7 +29,7 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Logits [chunks that draw, vocabulary], float32, in the order of the chunks.
+        """Logits [rows of all chunks, vocabulary], float32, in the order of the chunks.
 
         The keys and values of all tokens of the step are in the cache afterwards.
         """
@@ -38,12 +38,11 @@ class Runner:
         last: list[int] = []
         rows: list[tuple[int, int, int, int]] = []
         for number, chunk in enumerate(chunks):
-            end = chunk.start + chunk.count
-            rows.append((len(tokens), chunk.count, chunk.start, number))
-            tokens += chunk.sequence.tokens[chunk.start : end]
-            positions += range(chunk.start, end)
-            if chunk.draws:
-                last.append(len(tokens) - 1)
+            added = chunk.tokens
+            rows.append((len(tokens), len(added), chunk.start, number))
+            tokens += added
+            positions += range(chunk.start, chunk.start + len(added))
+            last += range(len(tokens) - chunk.rows, len(tokens))
         batch = self._cache.batch(torch.tensor(rows), _tables(chunks))
         # A pass without a draw still has to name a row; its logits are dropped.
         logits: torch.Tensor = self._model(
