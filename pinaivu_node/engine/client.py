@@ -130,7 +130,7 @@ class ProcessEngine:
             kv_blocks_free=blocks if gauges is _NO_GAUGES else gauges.kv_blocks_free,
             input_tokens=self._past.input_tokens + gauges.input_tokens,
             cached_tokens=self._past.cached_tokens + gauges.cached_tokens,
-            prefix_horizon_s=gauges.prefix_horizon_s,
+            prefix_horizon_s=0.0 if child is None else child.prefix_horizon_s(),
             preemptions=self._past.preemptions + gauges.preemptions,
         )
 

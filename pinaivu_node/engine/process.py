@@ -288,6 +288,15 @@ class Child:
             logger.warning("request %s is ended: its reader is too slow", event.request_id)
             self._cancel(call)
 
+    def prefix_horizon_s(self) -> float:
+        """Blocks used within so many seconds are still in the prefix cache."""
+        if self.gauges is None:
+            return 0.0
+        # An idle engine says nothing, and gives nothing up.
+        idle = not (self.gauges.running or self.gauges.queued)
+        silence = trio.current_time() - self._gauged_at if idle else 0.0
+        return self.gauges.prefix_horizon_s + silence
+
     def _hear_gauges(self, gauges: Gauges) -> None:
         now = trio.current_time()
         if (before := self.gauges) is not None:

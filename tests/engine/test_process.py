@@ -14,6 +14,8 @@ import trio.testing
 from pinaivu_node.engine import calls, process
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.frames import Gauges
+from pinaivu_node.engine.gauge import SpeedGauge
 from pinaivu_node.engine.types import (
     EmbeddingRequest,
     EngineBusy,
@@ -206,3 +208,12 @@ async def test_the_childs_gauges_are_in_the_statistics_and_outlive_it(engine):
     statistics = engine.statistics()
     assert (statistics.input_tokens, statistics.preemptions) == (1000, 3)
     assert statistics.prefix_horizon_s == 0.0
+
+
+async def test_an_idle_engines_prefixes_grow_older_without_a_word_of_it(autojump_clock):
+    child = process.Child(EngineConfig(model=Path("m")), gauge=SpeedGauge(), on_ready=print)
+    assert child.prefix_horizon_s() == 0.0
+    for running, expected in ((0, 112.5), (1, 12.5)):
+        child._hear_gauges(Gauges(running, 0, 30, 0, 0, 0, 12.5, 0.0, 0.0, 0))
+        await trio.sleep(100)
+        assert child.prefix_horizon_s() == expected
