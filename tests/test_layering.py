@@ -45,7 +45,11 @@ IMPURE = {
 }  # fmt: skip
 PURE = {
     "pinaivu_node.protocol": ["*"],
-    "pinaivu_node.mesh": ["mesh", "peers", "framing", "backoff", "address", "counters"],
+    "pinaivu_node.mesh": [
+        "mesh", "peers", "framing", "backoff", "address", "counters", "noise",
+        "yamux.frames", "yamux.states", "yamux.windows", "yamux.events", "yamux.stream",
+        "yamux.connection",
+    ],
     "pinaivu_node.coordinator": [
         "auction", "open_auction", "reputation", "roster", "job", "settlement", "ledger", "pace",
         "refusal", "config",
