@@ -145,6 +145,19 @@ async def _stream(host: Any, protocol: str) -> Any:
     return await libp2p_host.open_stream(host, libp2p_host.peer_of(host.victim), protocol)
 
 
+async def say_raw(host: Any, frames: bytes) -> None:
+    """Put these bytes on the wire as Yamux, past all of its rules; waits for the socket."""
+    muxed = host.victim.muxed_conn
+    while muxed._draining and not muxed.is_closed:
+        await muxed._drained.wait()
+    muxed._core._next = (1 << 30) + 1  # whatever the victim answers, it is to a stream that was
+    muxed._core.say(frames)
+    muxed.flush()
+    await trio.lowlevel.checkpoint()
+    if muxed.is_closed:
+        raise trio.BrokenResourceError
+
+
 async def gigabyte_length_prefix(address: str, protocol: str) -> bool:
     async def attack(host: Any) -> None:
         stream = await _stream(host, protocol)
@@ -167,7 +180,7 @@ async def five_thousand_streams(address: str) -> bool:
     async def attack(host: Any) -> None:
         for number in range(5000):
             syn = b"\x00\x01\x00\x01" + (2 * number + 1001).to_bytes(4, "big") + bytes(4)
-            await host.victim.muxed_conn._write_frame(syn)
+            await say_raw(host, syn)
 
     return await as_intruder(address, attack)
 
@@ -193,7 +206,7 @@ async def ignore_flow_control(address: str, protocol: str, megabytes: int) -> bo
         number = stream.muxed_stream.stream_id
         header = bytes(4) + number.to_bytes(4, "big") + len(frame).to_bytes(4, "big")
         for _ in range(megabytes * 16):
-            await host.victim.muxed_conn._write_frame(header + frame)
+            await say_raw(host, header + frame)
 
     return await as_intruder(address, attack)
 
@@ -267,6 +280,6 @@ async def garbage_yamux(address: str) -> bool:
     dice = random.Random(19)
 
     async def attack(host: Any) -> None:
-        await host.victim.muxed_conn._write_frame(dice.randbytes(12_000))
+        await say_raw(host, dice.randbytes(12_000))
 
     return await as_intruder(address, attack)

@@ -7,12 +7,21 @@ import inspect
 import logging
 import os
 
+import noise.connection
+import noise.state
 import pytest
+import trio.testing
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.security.noise.io import NoiseTransportReadWriter
+from libp2p.security.secure_session import SecureSession
 from nacl.signing import SigningKey
 
 from pinaivu_node.mesh.config import MeshConfig
-from pinaivu_node.mesh.libp2p import gossip, transport
+from pinaivu_node.mesh.libp2p import channel, gossip
 from pinaivu_node.mesh.libp2p import host as libp2p_host
+from pinaivu_node.mesh.libp2p.muxed_stream import MuxedStream
+from pinaivu_node.mesh.libp2p.muxer import MuxedConnection
 from pinaivu_node.protocol.ids import peer_id_of
 
 
@@ -66,30 +75,41 @@ async def test_everything_replaced_in_the_swarm_is_there_to_replace(host):
     assert "self._handle_inbound_connection(" in inspect.getsource(type(stock).listen)
 
 
-def test_everything_overridden_in_yamux_is_called_by_it():
-    source = inspect.getsource(transport.Yamux)
-    for call in (
-        "self._measure_rtt_loop",
-        "self._read_data_body(",
-        "self._write_frame(",
-        "self._cleanup_on_error()",
-        "self._ping_event.set()",
-        "except trio.TooSlowError:",
-        "self._write_lock",
-        "self.stream_buffers",
-        "self.event_closed",
+def test_the_keys_of_a_stock_handshake_are_where_our_session_looks_for_them():
+    source = inspect.getsource(SecureSession)
+    for name in ("local_private_key", "remote_permanent_pubkey", "self.conn = conn"):
+        assert name in source, name
+    assert "self.noise_state.encrypt(" in inspect.getsource(NoiseTransportReadWriter)
+    state = inspect.getsource(noise.state.CipherState)
+    assert "self.k = key" in state
+    assert "self.n = self.n + 1" in state
+    connection = inspect.getsource(noise.connection.NoiseConnection)
+    assert "self.noise_protocol.cipher_state_encrypt" in connection
+    assert "self.noise_protocol.cipher_state_decrypt" in connection
+
+
+async def test_a_tcp_connection_of_libp2p_ends_in_a_socket_that_we_find():
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    stream = await trio.testing.open_stream_to_socket_listener(listener)
+    raw = RawConnection(TrioTCPStream(stream), initiator=True)
+    assert isinstance(channel.channel_of(raw), channel.SocketChannel)
+    assert isinstance(channel.channel_of(object()), channel.LayeredChannel)
+    await raw.close()
+    await listener.aclose()
+
+
+def test_the_swarm_asks_of_a_muxed_connection_what_ours_has():
+    assert MuxedConnection.__abstractmethods__ == frozenset()
+    assert MuxedStream.__abstractmethods__ == frozenset()
+    swarm_connection = inspect.getsource(libp2p_host.swarm_connection_module)
+    for use in (
+        'setattr(muxed_conn, "on_close", self._on_muxed_conn_closed)',
+        "await self.muxed_conn.accept_stream()",
+        "except MuxedConnUnavailable",
+        "await self.muxed_conn.open_stream()",
     ):
-        assert call in source, call
-    stream = inspect.getsource(transport.YamuxStream)
-    for name in (
-        "await self._auto_tune_and_send_window_update(bytes_read=",
-        "self._pending_recv_release",
-        "self.recv_window",
-        "self.send_window",
-        "self.closed",
-        "async def send_window_update(self, increment: int",
-    ):
-        assert name in stream, name
+        assert use in swarm_connection, use
+    assert "run_task(muxed_conn.start)" in inspect.getsource(libp2p_host.swarm_module)
 
 
 def test_everything_overridden_in_pubsub_is_called_by_it():

@@ -22,13 +22,14 @@ from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils.connection_shutdown import is_expected_connection_shutdown
 from multiaddr import Multiaddr
 
 from pinaivu_node.mesh.config import MeshConfig
-from pinaivu_node.mesh.libp2p.transport import Fault, PeerGate, Refused, transport_options
+from pinaivu_node.mesh.libp2p.muxer import Fault, MuxedConnection
+from pinaivu_node.mesh.libp2p.secure import PeerGate, Refused
+from pinaivu_node.mesh.libp2p.transport import transport_options
 from pinaivu_node.protocol.ids import PeerId
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     host = new_host(
         key_pair=key_pair,
         sec_opt=security,
-        muxer_opt={YAMUX: Yamux},
+        muxer_opt={YAMUX: MuxedConnection},
         listen_addrs=[Multiaddr(address) for address in config.listen] or None,
         announce_addrs=[Multiaddr(address) for address in config.announce] or None,
         disable_identify_address_discovery=True,  # what strangers say of our address
@@ -164,10 +165,13 @@ async def run_host(
         addresses = host.get_addrs()
         host.get_addrs = lambda: list(addresses)
         await pubsub.wait_until_ready()
-        try:
-            yield
-        finally:
-            pubsub.seen_messages.stop()  # a thread that nobody else ends
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.get_network().upgrader.muxer_multistream.pulse.run)
+            try:
+                yield
+            finally:
+                pubsub.seen_messages.stop()  # a thread that nobody else ends
+                nursery.cancel_scope.cancel()
 
 
 async def dial(host: Any, location: str, peer: PeerId) -> None:

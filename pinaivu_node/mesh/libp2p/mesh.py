@@ -39,6 +39,8 @@ from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
 
 logger = logging.getLogger(__name__)
 
+_LOOKS_PER_STALL: Final = 8
+"""So often is a stream looked at within the stall limit: a stall is noticed an eighth late."""
 _GOODBYE: Final = 1.0
 """Seconds for a connection to close politely before its socket is closed under it."""
 
@@ -109,6 +111,7 @@ class Libp2pMesh:
                     random=random.random,
                     backoff=Backoff(),
                 )
+                self._start(self._drop_stalled_peers)
                 try:
                     yield
                 finally:
@@ -218,18 +221,25 @@ class Libp2pMesh:
             libp2p_host.peer_of(libp2p_stream),
             counters=self._counters,
             book=self._book,
-            stall_limit=self._config.stall_limit,
             drop=self.hang_up,
         )
         self._streams.add(stream)
-        self._start(self._run_stream, stream)
+        stream.attend(self._on_stream_closed)
         return stream
 
-    async def _run_stream(self, stream: Libp2pFrameStream) -> None:
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
+    def _on_stream_closed(self, stream: Libp2pFrameStream) -> None:
+        self._streams.discard(stream)
+        self._start(libp2p_host.dismiss, stream.libp2p_stream)
+
+    async def _drop_stalled_peers(self) -> None:
+        """Cut off, until cancelled, who takes nothing of what we have for it."""
+        limit = self._config.stall_limit
+        while True:
+            await trio.sleep(limit / _LOOKS_PER_STALL)
+            now = trio.current_time()
+            for stream in list(self._streams):
+                if stream.is_stalled(now=now, limit=limit):
+                    self.hang_up(stream.peer, f"it read nothing for {limit:g} s")
 
     async def _serve_inbound(
         self, stream: Any, stock_handler: Callable[[Any], Awaitable[None]]

@@ -1,37 +1,33 @@
 """Frames on one libp2p stream.
 
-Reading and writing happen in two tasks of the mesh, and callers only touch queues, so that no
-cancellation and no slowness of a caller reaches the connection.  What waits together goes out in
-one write: frames, not bytes, are what costs.
+Callers touch our muxed stream itself, with no task or queue between: whatever they do to it is
+done wholly or not at all, so no cancellation and no slowness of theirs reaches the connection.
+What many callers send in one turn of the event loop leaves in one write.
 """
 
 from __future__ import annotations
 
-import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 import trio
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from pinaivu_node.mesh.counters import Counters
-from pinaivu_node.mesh.frame_queue import FrameQueue
-from pinaivu_node.mesh.framing import END, END_FRAME, EndOfFrames, FrameDecoder, encode_frame
+from pinaivu_node.mesh.framing import END_FRAME, EndOfFrames, FrameDecoder, encode_frame
+from pinaivu_node.mesh.libp2p.muxed_stream import MuxedStream
 from pinaivu_node.mesh.mesh import MeshError, StreamEnded, StreamLost
 from pinaivu_node.mesh.peers import PeerBook
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import PeerId
 
-logger = logging.getLogger(__name__)
-
 _READ_BYTES: Final = 64 * 1024
-_WRITE_BYTES: Final = 64 * 1024 - 64
-"""With its header a Yamux frame of this size still fits one Noise record."""
-_WINDOW_POLL: Final = 0.005
-"""Seconds between looks at a closed send window; py-libp2p has no event for it opening."""
+"""Decoded at once, and so what a stream holds in frames that nobody has asked for yet."""
 
 
 class Libp2pFrameStream:
-    """A `FrameStream`; its owner runs `run` in a task."""
+    """A `FrameStream`.  `closed` is set when neither side may send any more."""
 
     def __init__(
         self,
@@ -40,23 +36,24 @@ class Libp2pFrameStream:
         *,
         counters: Counters,
         book: PeerBook,
-        stall_limit: float,
         drop: Callable[[PeerId, str], None],
     ) -> None:
-        self._stream = stream
-        self._muxed = stream.muxed_stream
+        self.libp2p_stream = stream
+        self._muxed: MuxedStream = stream.muxed_stream
         self._peer = peer
         self._counters = counters
         self._book = book
-        self._stall_limit = stall_limit
         self._drop = drop
-        self._inbox = FrameQueue()
-        self._outbox = FrameQueue()
         self._decoder = FrameDecoder()
+        self._frames: deque[bytes] = deque()
         self._held = 0
+        self._ended = False
         self._ending = False
-        self._scope = trio.CancelScope()
+        self._broken: MeshError | None = None
+        self._sent_before = 0
+        self._moved_at = trio.current_time()
         self.closed = trio.Event()
+        counters.open_streams += 1
 
     @property
     def peer(self) -> PeerId:
@@ -68,93 +65,91 @@ class Libp2pFrameStream:
         """Whether END was said, so that what is queued should still go out."""
         return self._ending
 
+    def attend(self, when_closed: Callable[[Libp2pFrameStream], None]) -> None:
+        """Call this once the stream is closed, which may be at once."""
+
+        def close() -> None:
+            self.closed.set()
+            self._counters.open_streams -= 1
+            self._hold(0)
+            when_closed(self)
+
+        if self._muxed.is_closed:
+            close()
+        else:
+            self._muxed.when_closed = close
+
     async def send(self, frame: bytes) -> None:
         """See `FrameStream.send`."""
-        await self._outbox.put(encode_frame(frame))
+        try:
+            await self._muxed.write(encode_frame(frame))
+        except MuxedStreamError as exc:
+            raise self._lost(exc) from exc
         self._counters.frames_sent += 1
 
     async def receive(self) -> bytes:
         """See `FrameStream.receive`."""
-        frame = await self._inbox.get()
+        if self._frames:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._frames:
+            if self._broken is not None:
+                raise type(self._broken)(*self._broken.args)
+            if self._ended:
+                raise StreamEnded("the peer said END")
+            try:
+                data = await self._muxed.read(_READ_BYTES)
+            except MuxedStreamEOF as exc:
+                raise StreamLost("the bytes ended without an END frame") from exc
+            except MuxedStreamError as exc:
+                raise self._lost(exc) from exc
+            self._take_in(data)
         self._counters.frames_received += 1
-        self._account()
-        return frame
+        return self._frames.popleft()
 
     async def end(self) -> None:
         """See `FrameStream.end`."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._ending = True
-        self._outbox.close(StreamLost("END was said on this stream"))
+        if not self._ending:
+            self._ending = True
+            if self._muxed.core.can_send:
+                self._muxed.write_nowait(END_FRAME)
+                self._muxed.end()
 
     def reset(self) -> None:
         """See `FrameStream.reset`."""
         self._break_off(StreamLost("the stream was reset"))
 
-    async def run(self) -> None:
-        """Move frames both ways until both sides have ended, or the stream is lost."""
-        self._counters.open_streams += 1
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._guarded, self._read_frames)
-                nursery.start_soon(self._guarded, self._write_frames)
-        self._outbox.break_off(StreamLost("the stream is over"))
-        self._counters.open_streams -= 1
-        # Writes do not heed cancellation, so this neither tears a frame nor lasts for ever.
-        with trio.CancelScope(shield=True):
-            await self._dismiss(self._stream.reset)
-        self.closed.set()
-        self._account()
+    def is_stalled(self, *, now: float, limit: float) -> bool:
+        """Whether bytes of ours have waited this long and none could leave.
 
-    async def _guarded(self, pump: Callable[[], Any]) -> None:
+        To be asked several times within the limit; it goes by what it saw the last time.
+        """
+        core = self._muxed.core
+        if not core.unsent or core.sent != self._sent_before:
+            self._sent_before = core.sent
+            self._moved_at = now
+        return now - self._moved_at > limit
+
+    def _take_in(self, data: bytes) -> None:
         try:
-            await pump()
-        except RemoteProtocolError as exc:
-            self._drop(self._peer, str(exc))
-            self._break_off(StreamLost(f"the peer broke the framing: {exc}"))
-        except MeshError as exc:
-            self._lose(exc)
-        except Exception as exc:  # noqa: BLE001 - libp2p raises a dozen kinds, all of one meaning
-            self._lose(StreamLost(f"the stream broke: {exc!r}"))
-
-    def _lose(self, error: MeshError) -> None:
-        """No more will come; what has come can still be read."""
-        self._inbox.close(error)
-        self._outbox.break_off(error)
-        self._scope.cancel()
-
-    def _break_off(self, error: MeshError) -> None:
-        self._inbox.break_off(error)
-        self._outbox.break_off(error)
-        self._scope.cancel()
-        self._account()
-
-    async def _dismiss(self, farewell: Callable[[], Any]) -> None:
-        try:
-            await farewell()
-        except Exception:
-            logger.debug("a stream could not say goodbye", exc_info=True)
-
-    # --- in ---------------------------------------------------------------------------------------
-
-    async def _read_frames(self) -> None:
-        while True:
-            data = await self._muxed.read(_READ_BYTES)
-            if not data:
-                raise StreamLost("the bytes ended without an END frame")
             frames = self._decoder.feed_untrusted(data)
-            if not self._account():
-                raise RemoteProtocolError("it sent more than we hold for one peer")
-            for frame in frames:
-                if isinstance(frame, EndOfFrames):
-                    assert frame is END  # noqa: S101 - for the reader
-                    self._inbox.close(StreamEnded("the peer said END"))
-                    return
-                await self._inbox.put(frame)
-            self._account()
+        except RemoteProtocolError as exc:
+            self._accuse(f"it broke the framing: {exc}")
+            return
+        for frame in frames:
+            if isinstance(frame, EndOfFrames):
+                self._ended = True
+            else:
+                self._frames.append(frame)
+        if not self._hold(self._decoder.held):
+            self._accuse("it sent more than we hold for one peer")
 
-    def _account(self) -> bool:
-        """Tell the peer's budget what this stream holds; False when the peer is over it."""
-        held = 0 if self.closed.is_set() else self._inbox.held + self._decoder.held
+    def _accuse(self, reason: str) -> None:
+        self._drop(self._peer, reason)
+        self._break_off(StreamLost(f"the peer was dropped: {reason}"))
+
+    def _hold(self, held: int) -> bool:
+        """Tell the peer's budget of the half frame we hold; False when the peer is over it."""
         growth, self._held = held - self._held, held
         if growth > 0:
             return self._book.hold(self._peer, growth)
@@ -162,36 +157,14 @@ class Libp2pFrameStream:
             self._book.release(self._peer, -growth)
         return True
 
-    # --- out --------------------------------------------------------------------------------------
+    def _break_off(self, error: MeshError) -> None:
+        self._broken = error
+        self._frames.clear()
+        self._muxed.abandon()
 
-    async def _write_frames(self) -> None:
-        while True:
-            try:
-                await self._outbox.wait_for_frames()
-            except StreamLost:
-                if not self._ending:
-                    raise
-                await self._write(END_FRAME)
-                await self._stream.close()
-                return
-            await self._write(b"".join(self._outbox.take_nowait(_WRITE_BYTES)))
-
-    async def _write(self, data: bytes) -> None:
-        start = 0
-        while start < len(data):
-            room = min(await self._window(), _WRITE_BYTES)
-            await self._muxed.write(data[start : start + room])
-            start += room
-
-    async def _window(self) -> int:
-        """How much the peer lets us send; waits for it, which the stock write does for 5 s only."""
-        deadline = trio.current_time() + self._stall_limit
-        while self._muxed.send_window <= 0:
-            if self._muxed.closed:
-                raise StreamLost("the stream broke while its peer was not reading")
-            if trio.current_time() > deadline:
-                self._drop(self._peer, f"it read nothing for {self._stall_limit:g} s")
-                raise StreamLost("the peer stopped reading")
-            await trio.sleep(_WINDOW_POLL)
-        window: int = self._muxed.send_window
-        return window
+    def _lost(self, exc: MuxedStreamError) -> MeshError:
+        if self._broken is not None:
+            return type(self._broken)(*self._broken.args)
+        if self._ending:
+            return StreamLost("END was said on this stream")
+        return StreamLost(f"the stream broke: {exc}")

@@ -133,6 +133,11 @@ class Connection:
         for stream in list(self._streams.values()):
             stream.change(Change.LOSE)
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `take_events` would return any."""
+        return bool(self._events)
+
     def take_events(self) -> list[Event]:
         """What happened since this was last asked, in order."""
         events, self._events = self._events, []

@@ -211,11 +211,11 @@ class Stream:
     # --- both -------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Say RST and forget all bytes, both ways.  Harmless when the stream is over."""
+        """Say RST and forget all bytes, both ways.  Changes nothing when the stream is over."""
         if self.change(Change.WE_RESET):
             self._connection.say(pack(frames.WINDOW_UPDATE, frames.RST, self.number, 0))
-        self._incoming.clear()
-        self.unread = self.offset = 0
+            self._incoming.clear()
+            self.unread = self.offset = 0
 
     def change(self, change: Change) -> bool:
         """Go to the next state, if the table has one; False if not."""
