@@ -57,6 +57,7 @@ float32_at: Final = _pointer_to(types.float32)
 bfloat16_at: Final = _pointer_to(types.uint16)
 """LLVM's own bfloat16 is no numba type: its bits are moved as integers."""
 int64_at: Final = _pointer_to(types.int64)
+uint8_at: Final = _pointer_to(types.uint8)
 
 
 def load(pointer, index):  # pragma: no cover - compiled

@@ -25,7 +25,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModel
 
 from pinaivu_node.engine.config import EngineConfig
-from pinaivu_node.engine.model.fused import PackedLinear
+from pinaivu_node.engine.model.linear import PackedLinear
 from pinaivu_node.engine.model.pretrained import (
     Progress,
     device_of,

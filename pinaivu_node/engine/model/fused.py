@@ -4,14 +4,12 @@ Eager torch spends some 5 µs on each operation before it computes anything, and
 small model has fifteen hundred.  Here a norm, a gated activation, a rotation and an attention are
 one kernel each, and projections of the same input are one matrix.
 
-Linear layers run through oneDNN with weights packed at load.  Its float32 kernels add in an order
-that does not depend on the number of rows, but for one row of some widths, which `PackedLinear`
-finds out at load and avoids: then no logit depends on the batch.
+No sum in any of these kernels depends on what else is in the batch, so neither does any logit, in
+float32 and in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -19,11 +17,8 @@ from torch import nn
 
 from pinaivu_node.engine import kernels
 from pinaivu_node.engine.model.attention import Batch, Look
+from pinaivu_node.engine.model.linear import PackedLinear
 
-_OPS: Final[Any] = torch.ops.mkldnn
-"""What torch's own compiler makes of linear layers on a CPU; a test names each operation."""
-_PACK_HINT: Final = 16
-"""Rows that the packed layout is chosen for; a hint of 1 makes more rows half as fast."""
 _PLAIN_ATTENTION: Final = frozenset(
     f"{family}Attention"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3", "Phi3")
@@ -35,44 +30,6 @@ _PLAIN_LAYERS: Final = frozenset(
 )
 """Layer classes whose forward is what `FusedLayer` does; Gemma's have two norms more."""
 _GATED: Final = {"SiLUActivation": "silu_gated", "SiLU": "silu_gated", "GELUTanh": "gelu_gated"}
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with weights in oneDNN's own layout."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        """Side by side, if there are several: their outputs are concatenated."""
-        super().__init__()
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self.out_features, self.in_features = weight.shape
-        self.bias = _side_by_side(layers)
-        self._packed = _OPS._reorder_linear_weight(weight.contiguous(), _PACK_HINT)
-        self._pairs_single_rows = False
-        self._pairs_single_rows = not self._is_invariant(weight.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[…, in_features] to […, out_features]."""
-        if self._pairs_single_rows and x.numel() == self.in_features:
-            pair = x.expand(*x.shape[:-2], 2, -1).contiguous()
-            return self._product(pair)[..., :1, :]
-        return self._product(x)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = _OPS._linear_pointwise(x, self._packed, self.bias, "none", [], None)
-        return product
-
-    def _is_invariant(self, dtype: torch.dtype) -> bool:
-        """Whether one row alone gives what it gives in company."""
-        probe = torch.linspace(-1, 1, 2 * self.in_features).sin().view(1, 2, -1).to(dtype)
-        return torch.equal(self._product(probe[:, :1]), self._product(probe)[:, :1])
-
-
-def _side_by_side(layers: Sequence[nn.Linear]) -> torch.Tensor | None:
-    biases: list[torch.Tensor | None] = [layer.bias for layer in layers]
-    if all(bias is None for bias in biases):
-        return None
-    zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
-    return torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)]).detach()
 
 
 class FusedNorm(nn.Module):

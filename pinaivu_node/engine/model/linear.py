@@ -1,0 +1,127 @@
+"""Linear layers on a CPU, by kernels whose sums do not depend on what else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from pinaivu_node.engine.kernels import amx, linear
+
+_AMX_GROUP: Final = 4 * amx.LANES
+"""Outputs that the kernel for AMX computes at once."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weights laid out for the kernel that runs it."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """Side by side, if there are several: their outputs are concatenated."""
+        super().__init__()
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.out_features, self.in_features = weight.shape
+        self._bias = torch.cat([_bias(layer) for layer in layers]).float()
+        self._threads = torch.get_num_threads()
+        self._run = self._packed(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[…, in_features] to […, out_features]."""
+        x = x.contiguous()
+        rows = x.numel() // self.in_features
+        product: torch.Tensor = self._run(x, rows)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def _packed(self, weight: torch.Tensor) -> Any:
+        if weight.dtype is torch.float32:
+            return _Float32(weight, self._bias, threads=self._threads)
+        if amx.is_here():
+            return _Amx(weight, self._bias, threads=self._threads)
+        return _BFloat16(weight, self._bias)
+
+
+class _Float32:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, threads: int) -> None:
+        self._outputs, self._width = weight.shape
+        weight = pad(weight, (0, 0, 0, -self._outputs % linear.LANES))
+        self._panels = len(weight) // linear.LANES
+        self._weight = _panels(weight, linear.LANES)
+        self._bias = pad(bias, (0, len(weight) - self._outputs))
+        self._threads = threads
+
+    def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        out = x.new_empty(rows, self._panels * linear.LANES)
+        arguments = (
+            x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
+            out.data_ptr(), self._panels,
+        )  # fmt: skip
+        if self._threads == 1:
+            linear.linear_float32(*arguments)
+        else:
+            linear.linear_float32_by_all(*arguments, self._threads)
+        return _narrowed(out, self._outputs)
+
+
+class _BFloat16:
+    """For processors without AMX."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self._outputs, self._width = weight.shape
+        weight = pad(weight, (0, 0, 0, -self._outputs % linear.LANES))
+        self._panels = len(weight) // linear.LANES
+        self._weight = _panels(weight, linear.LANES)
+        self._bias = pad(bias, (0, len(weight) - self._outputs))
+
+    def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        out = x.new_empty(rows, self._panels * linear.LANES)
+        scratch = torch.empty(x.numel())
+        linear.linear_bfloat16(
+            x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
+            out.data_ptr(), self._panels, scratch.data_ptr(),
+        )  # fmt: skip
+        return _narrowed(out, self._outputs)
+
+
+class _Amx:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, threads: int) -> None:
+        self._outputs, width = weight.shape
+        self._padding = -width % amx.GRAIN
+        weight = pad(weight, (0, self._padding, 0, -self._outputs % _AMX_GROUP))
+        self._width = width + self._padding
+        self._groups = len(weight) // _AMX_GROUP
+        pairs = weight.view(-1, amx.LANES, self._width // 2, 2)
+        self._weight = pairs.transpose(1, 2).contiguous()
+        self._bias = pad(bias, (0, len(weight) - self._outputs))
+        self._threads = threads
+        self._scratch = torch.empty(threads * amx.SCRATCH_FLOATS)
+
+    def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        out = x.new_empty(rows, self._groups * _AMX_GROUP)
+        if self._padding:
+            x = pad(x.view(rows, -1), (0, self._padding))
+        arguments = (
+            x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
+            out.data_ptr(), self._groups, self._scratch.data_ptr(),
+        )  # fmt: skip
+        if self._threads == 1:
+            amx.linear(*arguments)
+        else:
+            amx.linear_by_all(*arguments, self._threads)
+        return _narrowed(out, self._outputs)
+
+
+def _bias(layer: nn.Linear) -> torch.Tensor:
+    if layer.bias is None:
+        return layer.weight.new_zeros(layer.out_features)
+    return layer.bias.detach()
+
+
+def _panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
+    """[outputs, inputs] to [outputs / lanes, inputs, lanes]."""
+    return weight.view(-1, lanes, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def _narrowed(out: torch.Tensor, outputs: int) -> torch.Tensor:
+    return out if out.shape[1] == outputs else out[:, :outputs].contiguous()
