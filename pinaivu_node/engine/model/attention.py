@@ -59,16 +59,6 @@ class Batch:
     """int64 [chunks, 4], on the CPU: first token of it, tokens, start position, table row."""
     tables: torch.Tensor
     """int64 [sequences, pages], on the CPU: each sequence's pages, in order of position."""
-    device_tables: torch.Tensor | None = None
-    """The same as int32 on a GPU, with what its kernels want besides."""
-    slots: torch.Tensor | None = None
-    """int64 [tokens], on a GPU: where in the cache each token's keys and values go."""
-    query_starts: torch.Tensor | None = None
-    """int32 [chunks + 1], on a GPU: running total of the chunks' tokens."""
-    lengths: torch.Tensor | None = None
-    """int32 [chunks], on a GPU: positions in the cache of each chunk's sequence, these included."""
-    longest_chunk: int = 0
-    longest_sequence: int = 0
 
 
 def attend(  # noqa: PLR0913 - the signature is transformers'
