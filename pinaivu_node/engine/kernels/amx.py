@@ -26,13 +26,16 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pinaivu_node.engine.kernels.linear import BFLOAT16, FLOAT32
+from pinaivu_node.engine.kernels import vectors
 from pinaivu_node.engine.kernels.memory import KERNEL, uint8_at
+from pinaivu_node.engine.kernels.vectors import BFLOAT16, BYTES, FLOAT32, I64
 
 LANES: Final = 16
 """Outputs in a panel."""
-GRAIN: Final = 32
-"""Inputs of one instruction; rows are padded with zeros to a multiple of it."""
+GRAIN_BYTES: Final = 64
+"""Of a row in one instruction; rows are padded with zeros to a multiple of it."""
+GRAIN: Final = GRAIN_BYTES // 2
+"""Inputs in bfloat16."""
 SCRATCH_FLOATS: Final = 4 * 256 + 16
 """Float32 numbers of scratch memory that a thread needs: four tiles of sums, and the unit's
 configuration."""
@@ -48,7 +51,8 @@ _XFEATURE_XTILEDATA: Final = 18
 def is_here() -> bool:
     """Whether this process may use the unit; asks Linux for it (Documentation/arch/x86/xstate)."""
     features = llvm.get_host_cpu_features()
-    if platform.system() != "Linux" or not (features.get("amx-tile") and features.get("amx-bf16")):
+    parts = ("amx-tile", "amx-bf16", "amx-int8")
+    if platform.system() != "Linux" or not all(features.get(part) for part in parts):
         return False
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
@@ -57,9 +61,6 @@ def is_here() -> bool:
 # --- instructions ---------------------------------------------------------------------------------
 
 _I8: Final = ir.IntType(8)
-_BYTES: Final = _I8.as_pointer()
-_I32: Final = ir.IntType(32)
-_I64: Final = ir.IntType(64)
 
 
 def _instruction(name: str, tiles: tuple[int, ...] = (), operands: tuple[Any, ...] = ()) -> Any:
@@ -71,7 +72,7 @@ def _instruction(name: str, tiles: tuple[int, ...] = (), operands: tuple[Any, ..
             builder.module, ir.FunctionType(ir.VoidType(), kinds), name
         )
         values = [
-            builder.inttoptr(value, _BYTES) if kind is _BYTES else value
+            builder.inttoptr(value, BYTES) if kind is BYTES else value
             for value, kind in zip(arguments, operands, strict=True)
         ]
         builder.call(function, [_I8(tile) for tile in tiles] + values)
@@ -87,7 +88,7 @@ def _instruction(name: str, tiles: tuple[int, ...] = (), operands: tuple[Any, ..
             return intrinsic(lambda context, a, b: (signature, generate))
 
 
-_configure: Final = _instruction("llvm.x86.ldtilecfg", operands=(_BYTES,))
+_configure: Final = _instruction("llvm.x86.ldtilecfg", operands=(BYTES,))
 _release: Final = _instruction("llvm.x86.tilerelease")
 
 
@@ -96,28 +97,23 @@ def _zero(tile: int) -> Any:
 
 
 def _load(tile: int) -> Any:
-    return _instruction("llvm.x86.tileloadd64", (tile,), (_BYTES, _I64))
+    return _instruction("llvm.x86.tileloadd64", (tile,), (BYTES, I64))
 
 
 def _save(tile: int) -> Any:
-    return _instruction("llvm.x86.tilestored64", (tile,), (_BYTES, _I64))
+    return _instruction("llvm.x86.tilestored64", (tile,), (BYTES, I64))
 
 
-def _multiply(sums: int, x: int, weight: int) -> Any:
-    return _instruction("llvm.x86.tdpbf16ps", (sums, x, weight))
+def _multiply(name: str, sums: int, x: int, weight: int) -> Any:
+    return _instruction(f"llvm.x86.{name}", (sums, x, weight))
 
 
 @intrinsic
 def _prefetch(context, address):
-    """Ask for the line of memory there: to read, soon, as data."""
+    """Ask for the line of memory there."""
 
     def generate(context, builder, signature, arguments):
-        kinds = [_BYTES, _I32, _I32, _I32]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
-        )
-        pointer = builder.inttoptr(arguments[0], _BYTES)
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        vectors.prefetch(builder, builder.inttoptr(arguments[0], BYTES))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -127,10 +123,6 @@ def _prefetch(context, address):
 _zero0, _zero1, _zero2, _zero3 = (_zero(tile) for tile in range(4))
 _save0, _save1, _save2, _save3 = (_save(tile) for tile in range(4))
 _load4, _load5, _load6, _load7 = (_load(tile) for tile in range(4, 8))
-_add046, _add147, _add246, _add347 = (
-    _multiply(0, 4, 6), _multiply(1, 4, 7), _multiply(2, 4, 6), _multiply(3, 4, 7),
-)  # fmt: skip
-_add256, _add357 = _multiply(2, 5, 6), _multiply(3, 5, 7)
 
 
 # --- tiles ----------------------------------------------------------------------------------------
@@ -161,57 +153,70 @@ def _configure_rows(config, config_at, first, second):
     _configure(config_at)
 
 
-@njit(**KERNEL)
-def _up_to_16_rows(x, stride, width, weight, scratch):
-    """Sums of one tile of rows by four panels."""
-    panel = width * 2 * LANES
-    _zero0()
-    _zero1()
-    _zero2()
-    _zero3()
-    for k in range(width // GRAIN):
-        at = weight + k * _TILE_BYTES
-        _load4(x + 2 * GRAIN * k, stride)
-        _ask_ahead(at)
-        _load6(at, _LINE)
-        _add046()
-        _ask_ahead(at + panel)
-        _load7(at + panel, _LINE)
-        _add147()
-        _ask_ahead(at + 2 * panel)
-        _load6(at + 2 * panel, _LINE)
-        _add246()
-        _ask_ahead(at + 3 * panel)
-        _load7(at + 3 * panel, _LINE)
-        _add347()
-    _save0(scratch, _LINE)
-    _save1(scratch + _TILE_BYTES, _LINE)
-    _save2(scratch + 2 * _TILE_BYTES, _LINE)
-    _save3(scratch + 3 * _TILE_BYTES, _LINE)
+def _row_of_tiles(multiply: str) -> Any:
+    add046, add147, add246, add347 = (
+        _multiply(multiply, 0, 4, 6), _multiply(multiply, 1, 4, 7),
+        _multiply(multiply, 2, 4, 6), _multiply(multiply, 3, 4, 7),
+    )  # fmt: skip
 
-
-def _pairs_of_tiles(*, asks_ahead: bool) -> Any:
     @njit(**KERNEL)
-    def up_to_32_rows(x, stride, width, weight, scratch):
-        """Sums of two tiles of rows by two panels."""
-        panel = width * 2 * LANES
+    def up_to_16_rows(x, stride, weight, scratch):
+        """Sums of one tile of rows by four panels."""
+        panel = LANES * stride
         _zero0()
         _zero1()
         _zero2()
         _zero3()
-        for k in range(width // GRAIN):
+        for k in range(stride // GRAIN_BYTES):
             at = weight + k * _TILE_BYTES
-            _load4(x + 2 * GRAIN * k, stride)
+            _load4(x + GRAIN_BYTES * k, stride)
+            _ask_ahead(at)
             _load6(at, _LINE)
-            _add046()
-            _load5(x + 2 * GRAIN * k + 16 * stride, stride)
-            _add256()
+            add046()
+            _ask_ahead(at + panel)
+            _load7(at + panel, _LINE)
+            add147()
+            _ask_ahead(at + 2 * panel)
+            _load6(at + 2 * panel, _LINE)
+            add246()
+            _ask_ahead(at + 3 * panel)
+            _load7(at + 3 * panel, _LINE)
+            add347()
+        _save0(scratch, _LINE)
+        _save1(scratch + _TILE_BYTES, _LINE)
+        _save2(scratch + 2 * _TILE_BYTES, _LINE)
+        _save3(scratch + 3 * _TILE_BYTES, _LINE)
+
+    return up_to_16_rows
+
+
+def _pairs_of_tiles(multiply: str, *, asks_ahead: bool) -> Any:
+    add046, add147, add256, add357 = (
+        _multiply(multiply, 0, 4, 6), _multiply(multiply, 1, 4, 7),
+        _multiply(multiply, 2, 5, 6), _multiply(multiply, 3, 5, 7),
+    )  # fmt: skip
+
+    @njit(**KERNEL)
+    def up_to_32_rows(x, stride, weight, scratch):
+        """Sums of two tiles of rows by two panels."""
+        panel = LANES * stride
+        _zero0()
+        _zero1()
+        _zero2()
+        _zero3()
+        for k in range(stride // GRAIN_BYTES):
+            at = weight + k * _TILE_BYTES
+            _load4(x + GRAIN_BYTES * k, stride)
+            _load6(at, _LINE)
+            add046()
+            _load5(x + GRAIN_BYTES * k + 16 * stride, stride)
+            add256()
             if asks_ahead:
                 _ask_ahead(at)
                 _ask_ahead(at + panel)
             _load7(at + panel, _LINE)
-            _add147()
-            _add357()
+            add147()
+            add357()
         _save0(scratch, _LINE)
         _save1(scratch + _TILE_BYTES, _LINE)
         _save2(scratch + 2 * _TILE_BYTES, _LINE)
@@ -220,9 +225,52 @@ def _pairs_of_tiles(*, asks_ahead: bool) -> Any:
     return up_to_32_rows
 
 
-_up_to_32_rows: Final = _pairs_of_tiles(asks_ahead=True)
-_up_to_32_rows_again: Final = _pairs_of_tiles(asks_ahead=False)
-"""The weights are in the processor's own memory since the rows before."""
+def group_of_panels(multiply: str, put: Any) -> Any:
+    """group(x, rows, stride, weight, terms, scratch): all rows by the four panels at `weight`.
+
+    A row and each of a panel's outputs have `stride` bytes, and `multiply` names the instruction
+    that takes them together.  Tiles of sums are handed to
+    put(sums, row, rows, panel, terms): of `rows` rows from `row` on, and one panel of the four.
+    """
+    up_to_16_rows = _row_of_tiles(multiply)
+    up_to_32_rows = _pairs_of_tiles(multiply, asks_ahead=True)
+    # The weights are in the processor's own memory since the rows before.
+    up_to_32_rows_again = _pairs_of_tiles(multiply, asks_ahead=False)
+
+    @njit(**KERNEL)
+    def group(x_at, rows, stride, weight, terms, scratch):
+        config_at = scratch + 4 * _TILE_BYTES
+        config = uint8_at(config_at)
+        _begin(config)
+        row = 0
+        while row < rows:
+            x = x_at + stride * row
+            left = rows - row
+            if left <= 16:
+                _configure_rows(config, config_at, left, left)
+                up_to_16_rows(x, stride, weight, scratch)
+                for panel in range(4):
+                    put(scratch + panel * _TILE_BYTES, row, left, panel, terms)
+                break
+            second = min(16, left - 16)
+            _configure_rows(config, config_at, 16, second)
+            for pair in range(2):
+                panels = weight + pair * 2 * LANES * stride
+                if row == 0:
+                    up_to_32_rows(x, stride, panels, scratch)
+                else:
+                    up_to_32_rows_again(x, stride, panels, scratch)
+                for n in range(2):
+                    sums = scratch + n * _TILE_BYTES
+                    put(sums, row, 16, 2 * pair + n, terms)
+                    put(sums + 2 * _TILE_BYTES, row + 16, second, 2 * pair + n, terms)
+            row += 32
+        _release()
+
+    return group
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -242,43 +290,14 @@ def _put_vector(context, sums, bias, out):
 
 
 @njit(**KERNEL)
-def _put(sums, rows, bias, out, stride):
-    """A tile of sums to the output; `stride` in bytes."""
-    for row in range(rows):
-        _put_vector(sums + _LINE * row, bias, out + stride * row)
+def _put(sums, row, rows, panel, terms):
+    bias, out, stride = terms
+    out += stride * row + 2 * LANES * panel
+    for each in range(rows):
+        _put_vector(sums + _LINE * each, bias + _LINE * panel, out + stride * each)
 
 
-@njit(**KERNEL)
-def _group(x_at, rows, width, weight, bias, out, stride, scratch):
-    """Sixteen outputs of each of four panels, for all rows; `stride` in bytes."""
-    config_at = scratch + 4 * _TILE_BYTES
-    config = uint8_at(config_at)
-    _begin(config)
-    row = 0
-    while row < rows:
-        x, to = x_at + 2 * width * row, out + stride * row
-        left = rows - row
-        if left <= 16:
-            _configure_rows(config, config_at, left, left)
-            _up_to_16_rows(x, 2 * width, width, weight, scratch)
-            for n in range(4):
-                _put(scratch + n * _TILE_BYTES, left, bias + n * _LINE, to + 32 * n, stride)
-            break
-        second = min(16, left - 16)
-        _configure_rows(config, config_at, 16, second)
-        for pair in range(2):
-            panels = weight + pair * 4 * width * LANES
-            if row == 0:
-                _up_to_32_rows(x, 2 * width, width, panels, scratch)
-            else:
-                _up_to_32_rows_again(x, 2 * width, width, panels, scratch)
-            for n in range(4):
-                sums = scratch + n * _TILE_BYTES
-                panel = 2 * pair + n % 2
-                at = to + 32 * panel + (16 * stride if n >= 2 else 0)
-                _put(sums, 16 if n < 2 else second, bias + panel * _LINE, at, stride)
-        row += 32
-    _release()
+_group: Final = group_of_panels("tdpbf16ps", _put)
 
 
 @njit(**KERNEL)
@@ -292,8 +311,8 @@ def linear(x_at, rows, width, weight_at, bias_at, out_at, groups, scratch_at):
     """
     for group in range(groups):
         weight = weight_at + 8 * LANES * width * group
-        bias, out = bias_at + 4 * _LINE * group, out_at + 2 * _LINE * group
-        _group(x_at, rows, width, weight, bias, out, 2 * _LINE * groups, scratch_at)
+        terms = bias_at + 4 * _LINE * group, out_at + 2 * _LINE * group, 2 * _LINE * groups
+        _group(x_at, rows, 2 * width, weight, terms, scratch_at)
 
 
 @njit(parallel=True, **KERNEL)
@@ -303,5 +322,5 @@ def linear_by_all(x_at, rows, width, weight_at, bias_at, out_at, groups, scratch
         scratch = scratch_at + 4 * SCRATCH_FLOATS * part
         for group in range(groups * part // parts, groups * (part + 1) // parts):
             weight = weight_at + 8 * LANES * width * group
-            bias, out = bias_at + 4 * _LINE * group, out_at + 2 * _LINE * group
-            _group(x_at, rows, width, weight, bias, out, 2 * _LINE * groups, scratch)
+            terms = bias_at + 4 * _LINE * group, out_at + 2 * _LINE * group, 2 * _LINE * groups
+            _group(x_at, rows, 2 * width, weight, terms, scratch)

@@ -6,8 +6,7 @@ back by one tile after the other, and each tile asks for what it will need `_AHE
 without that, processors stop at the end of every page of memory for a third of the time.
 
 A tile is some rows by some panels whose sums stay in registers from the first input to the last.
-Numba has no vectors, and what LLVM makes of loops spills those sums; so tiles are written in LLVM's
-own language, with the widths of the machine at hand.
+So tiles are written in LLVM's own language (see `vectors.py`).
 
 Each output is one chain of fused multiply-adds over the inputs in order, beginning with the bias.
 No width, tile or number of rows changes that: a row has the same bits alone as in any company, and
@@ -18,162 +17,71 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import llvmlite.binding as llvm
-from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pinaivu_node.engine.kernels.memory import (
-    KERNEL,
-    bfloat16_at,
-    float32_at,
-    load,
-)
+from pinaivu_node.engine.kernels import vectors
+from pinaivu_node.engine.kernels.memory import KERNEL, bfloat16_at, float32_at, load
+from pinaivu_node.engine.kernels.vectors import BFLOAT16, FLOAT32, I64, LANES, Format, at
 
-_HOST: Final = llvm.get_host_cpu_features()
-_WIDE: Final = bool(_HOST.get("avx512f"))
-_NARROW: Final = not _WIDE and bool(_HOST.get("avx2"))
-
-LANES: Final = 16 if _WIDE else 8 if _NARROW else 4
-"""Outputs in a panel: a vector register of float32."""
 _PANELS: Final = 3
-_ROWS: Final = 4 if _NARROW else 8
-"""Of the largest tile.  Its sums, 24, leave room in 32 registers; AVX2 has 16."""
+_ROWS: Final = 4 if vectors.HAS_FEW_REGISTERS else 8
+"""Of the largest tile.  Its sums, 24, leave room in 32 registers; 12 do in 16."""
 _UNROLL: Final = 4
+_POINTER: Final = {FLOAT32: float32_at, BFLOAT16: bfloat16_at}
 _AHEAD: Final = 512 // LANES
 """Inputs of a panel, two kilobytes: as long as memory takes to answer."""
 
-_I32: Final = ir.IntType(32)
-_I64: Final = ir.IntType(64)
-_FLOAT: Final = ir.FloatType()
-_VECTOR: Final = ir.VectorType(_FLOAT, LANES)
-_WORDS: Final = ir.VectorType(_I32, LANES)
-_HALVES: Final = ir.VectorType(ir.IntType(16), LANES)
-
-
-def _at(builder, pointer, index):
-    return builder.gep(pointer, [index])
-
-
-def _words(number):
-    return ir.Constant(_WORDS, [number] * LANES)
-
-
-class _Format:
-    """How a format's vectors are loaded, as float32, and stored."""
-
-    def __init__(self, *, short: bool) -> None:
-        self.short = short
-        self.element = types.uint16 if short else types.float32
-        self.vector = _HALVES if short else _VECTOR
-        self.bytes = (2 if short else 4) * LANES
-
-    def load(self, builder, pointer, *, align=None):
-        raw = builder.load(builder.bitcast(pointer, self.vector.as_pointer()))
-        raw.align = align or self.bytes
-        if not self.short:
-            return raw
-        words = builder.shl(builder.zext(raw, _WORDS), _words(16))
-        return builder.bitcast(words, _VECTOR)
-
-    def store(self, builder, vector, pointer):
-        if self.short:
-            words = builder.bitcast(vector, _WORDS)
-            odd = builder.and_(builder.lshr(words, _words(16)), _words(1))
-            rounded = builder.add(words, builder.add(odd, _words(0x7FFF)))
-            vector = builder.trunc(builder.lshr(rounded, _words(16)), _HALVES)
-        builder.store(vector, builder.bitcast(pointer, self.vector.as_pointer())).align = 2
-
-
-FLOAT32: Final = _Format(short=False)
-BFLOAT16: Final = _Format(short=True)
-
 
 class _TileCode:
-    """One tile in LLVM's language; the sums live in φ-nodes."""
+    """One tile in LLVM's language."""
 
     def __init__(
-        self, builder: Any, rows: int, panels: int, weights: _Format, arguments: Any
+        self, builder: Any, rows: int, panels: int, weights: Format, arguments: Any
     ) -> None:
         self.builder, self.rows, self.panels, self.format = builder, rows, panels, weights
         x, width, weight, bias, out, stride = arguments
         self.width, self.out, self.stride, self.bias = width, out, stride, bias
-        self.x = [_at(builder, x, builder.mul(width, _I64(row))) for row in range(rows)]
-        panel = builder.mul(width, _I64(LANES))
-        self.weight = [_at(builder, weight, builder.mul(panel, _I64(p))) for p in range(panels)]
-        self.fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        byte = ir.IntType(8).as_pointer()
-        self.prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]),
-            "llvm.prefetch.p0",
-        )
+        self.x = [at(builder, x, builder.mul(width, I64(row))) for row in range(rows)]
+        panel = builder.mul(width, I64(LANES))
+        self.weight = [at(builder, weight, builder.mul(panel, I64(p))) for p in range(panels)]
 
     def emit(self):
         b = self.builder
         biases = [
-            b.load(b.bitcast(_at(b, self.bias, _I64(p * LANES)), _VECTOR.as_pointer()))
-            for p in range(self.panels)
+            FLOAT32.load(b, at(b, self.bias, I64(p * LANES)), align=4) for p in range(self.panels)
         ]
-        for each in biases:
-            each.align = 4
-        sums = biases * self.rows
-        whole = b.and_(self.width, _I64(-_UNROLL))
-        sums = self.loop(_I64(0), whole, _UNROLL, sums)
-        sums = self.loop(whole, self.width, 1, sums)
+        whole = b.and_(self.width, I64(-_UNROLL))
+        sums = vectors.loop(b, I64(0), whole, _UNROLL, biases * self.rows, self.some_inputs)
+        sums = vectors.loop(b, whole, self.width, 1, sums, self.one_input)
         for row in range(self.rows):
             for p in range(self.panels):
-                to = b.add(b.mul(self.stride, _I64(row)), _I64(p * LANES))
-                self.format.store(b, sums[row * self.panels + p], _at(b, self.out, to))
+                to = b.add(b.mul(self.stride, I64(row)), I64(p * LANES))
+                self.format.store(b, sums[row * self.panels + p], at(b, self.out, to))
 
-    def loop(self, start, end, step, sums):
-        """Add the products of inputs start…end−1, `step` at a time."""
-        b = self.builder
-        before = b.block
-        head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
-        b.branch(head)
-        b.position_at_end(head)
-        i = b.phi(_I64)
-        i.add_incoming(start, before)
-        phis = [b.phi(_VECTOR) for _ in sums]
-        for phi, total in zip(phis, sums, strict=True):
-            phi.add_incoming(total, before)
-        b.cbranch(b.icmp_signed("<", i, end), body, after)
-        b.position_at_end(body)
-        totals = list(phis)
-        for n in range(step):
-            totals = self.one_input(b.add(i, _I64(n)), totals)
-        i.add_incoming(b.add(i, _I64(step)), b.block)
-        for phi, total in zip(phis, totals, strict=True):
-            phi.add_incoming(total, b.block)
-        b.branch(head)
-        b.position_at_end(after)
-        return phis
+    def some_inputs(self, i, sums):
+        for n in range(_UNROLL):
+            sums = self.one_input(self.builder.add(i, I64(n)), sums)
+        return sums
 
     def one_input(self, i, sums):
         b = self.builder
-        at = b.mul(i, _I64(LANES))
+        place = b.mul(i, I64(LANES))
         weights = []
         for panel in self.weight:
-            here = _at(b, panel, at)
-            ahead = b.bitcast(_at(b, here, _I64(_AHEAD * LANES)), ir.IntType(8).as_pointer())
-            b.call(self.prefetch, [ahead, _I32(0), _I32(3), _I32(1)])  # to read, soon, as data
-            weights.append(self.format.load(b, here))
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
+            here = at(b, panel, place)
+            vectors.prefetch(b, at(b, here, I64(_AHEAD * LANES)))
+            weights.append(self.format.load(b, here, align=self.format.bytes * LANES))
         totals = []
         for row in range(self.rows):
-            one = b.insert_element(undefined, b.load(_at(b, self.x[row], i)), _I32(0))
-            all_lanes = b.shuffle_vector(one, undefined, ir.Constant(_WORDS, [0] * LANES))
+            x = vectors.everywhere(b, b.load(at(b, self.x[row], i)))
             for p in range(self.panels):
                 total = sums[row * self.panels + p]
-                totals.append(b.call(self.fma, [all_lanes, weights[p], total]))
+                totals.append(vectors.multiply_add(b, x, weights[p], total))
         return totals
 
 
-def _tile(rows: int, panels: int, weights: _Format) -> Any:
+def _tile(rows: int, panels: int, weights: Format) -> Any:
     """tile(x, width, weight, bias, out, stride): so many rows of x by so many panels."""
 
     @intrinsic
@@ -190,10 +98,9 @@ def _tile(rows: int, panels: int, weights: _Format) -> Any:
     return tile
 
 
-def _strip(panels: int, weights: _Format) -> Any:
+def _strip(panels: int, weights: Format) -> Any:
     """strip(x, rows, width, weight, bias, out, stride): all rows by so many panels."""
-    pointer = bfloat16_at if weights.short else float32_at
-    size = 2 if weights.short else 4
+    pointer, size = _POINTER[weights], weights.bytes
     one, two, three, four = (_tile(n, panels, weights) for n in (1, 2, 3, 4))
     five, six, seven = (_tile(min(n, _ROWS), panels, weights) for n in (5, 6, 7))
     full = _tile(_ROWS, panels, weights)
@@ -224,8 +131,8 @@ def _strip(panels: int, weights: _Format) -> Any:
     return strip
 
 
-def _product(weights: _Format) -> Any:
-    size = 2 if weights.short else 4
+def _product(weights: Format) -> Any:
+    size = weights.bytes
     wide, single = _strip(_PANELS, weights), _strip(1, weights)
 
     @njit(**KERNEL)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from pinaivu_node.engine.kernels import amx, linear
+from pinaivu_node.engine.kernels.vectors import LANES
 
 _AMX_GROUP: Final = 4 * amx.LANES
 """Outputs that the kernel for AMX computes at once."""
@@ -45,14 +46,14 @@ class PackedLinear(nn.Module):
 class _Float32:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, threads: int) -> None:
         self._outputs, self._width = weight.shape
-        weight = pad(weight, (0, 0, 0, -self._outputs % linear.LANES))
-        self._panels = len(weight) // linear.LANES
-        self._weight = _panels(weight, linear.LANES)
+        weight = pad(weight, (0, 0, 0, -self._outputs % LANES))
+        self._panels = len(weight) // LANES
+        self._weight = _panels(weight, LANES)
         self._bias = pad(bias, (0, len(weight) - self._outputs))
         self._threads = threads
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        out = x.new_empty(rows, self._panels * linear.LANES)
+        out = x.new_empty(rows, self._panels * LANES)
         arguments = (
             x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
             out.data_ptr(), self._panels,
@@ -69,13 +70,13 @@ class _BFloat16:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self._outputs, self._width = weight.shape
-        weight = pad(weight, (0, 0, 0, -self._outputs % linear.LANES))
-        self._panels = len(weight) // linear.LANES
-        self._weight = _panels(weight, linear.LANES)
+        weight = pad(weight, (0, 0, 0, -self._outputs % LANES))
+        self._panels = len(weight) // LANES
+        self._weight = _panels(weight, LANES)
         self._bias = pad(bias, (0, len(weight) - self._outputs))
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        out = x.new_empty(rows, self._panels * linear.LANES)
+        out = x.new_empty(rows, self._panels * LANES)
         scratch = torch.empty(x.numel())
         linear.linear_bfloat16(
             x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
