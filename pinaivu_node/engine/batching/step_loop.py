@@ -214,8 +214,8 @@ class StepLoop:
         except Exception as exc:
             traceback.print_exc()
             self._failures += 1
-            if self._failures >= _MAX_FAILURES or self._model.device.type != "cpu":
-                raise  # after an error on CUDA, nothing that the context says can be believed
+            if self._failures >= _MAX_FAILURES or not self._model.runner.survives(exc):
+                raise
             self._model.pool.forget()
             failed = [self._answers[chunk.sequence] for chunk in plan.chunks]
             error = f"{type(exc).__name__} in a step"

@@ -9,6 +9,9 @@ import torch
 
 from pinaivu_node.engine.batching.scheduler import Chunk
 from pinaivu_node.engine.model.attention import Batch, KvCache
+from pinaivu_node.engine.model.cuda_graphs import DecodeGraphs
+from pinaivu_node.engine.model.paged_attention import sent
+from pinaivu_node.engine.model.step import Step, step_of
 
 
 class StepCache(KvCache, Protocol):
@@ -19,44 +22,57 @@ class StepCache(KvCache, Protocol):
         ...
 
 
-class Runner:
-    """One model with its cache, on one device."""
+class StepRunner(Protocol):
+    """What computes steps: here, or here and on other devices at once."""
 
-    def __init__(self, model: Any, cache: StepCache) -> None:
-        self._model = model
-        self._cache = cache
-        self._device: torch.device = model.device
-
-    @torch.inference_mode()
     def compute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Logits [rows of all chunks, vocabulary], float32, in the order of the chunks.
 
-        The keys and values of all tokens of the step are in the cache afterwards.
+        They hold until the next step.  The keys and values of all tokens of the step are in the
+        cache afterwards.
         """
-        tokens: list[int] = []
-        positions: list[int] = []
-        last: list[int] = []
-        rows: list[tuple[int, int, int, int]] = []
-        for number, chunk in enumerate(chunks):
-            added = chunk.tokens
-            rows.append((len(tokens), len(added), chunk.start, number))
-            tokens += added
-            positions += range(chunk.start, chunk.start + len(added))
-            last += range(len(tokens) - chunk.rows, len(tokens))
-        batch = self._cache.batch(torch.tensor(rows), _tables(chunks))
+        ...
+
+    def survives(self, error: Exception) -> bool:
+        """Whether the next step can be computed after this one failed so."""
+        ...
+
+
+class Runner:
+    """One model with its cache, on one device."""
+
+    def __init__(self, model: Any, cache: StepCache, *, graphs: DecodeGraphs | None = None) -> None:
+        self._model = model
+        self._cache = cache
+        self._device: torch.device = model.device
+        self._graphs = graphs
+
+    def compute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """See `StepRunner.compute`."""
+        return self.forward(step_of(chunks))
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> torch.Tensor:
+        """The same of a step in plain numbers."""
+        if self._graphs is not None and (replayed := self._graphs.replay(step)) is not None:
+            return replayed
+        batch = self._cache.batch(torch.tensor(step.chunks), torch.tensor(step.tables))
+        ids, positions = sent(torch.tensor([step.tokens, step.positions]), self._device)
         # A pass without a draw still has to name a row; its logits are dropped.
+        last = sent(torch.tensor(step.last or [0]), self._device)
         logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
             batch=batch,
-            logits_to_keep=torch.tensor(last or [0], device=self._device),
+            logits_to_keep=last,
         ).logits
-        return logits[0, : len(last)].float()
+        return logits[0, : len(step.last)].float()
 
+    def survives(self, error: Exception) -> bool:
+        """See `StepRunner.survives`.
 
-def _tables(chunks: Sequence[Chunk]) -> torch.Tensor:
-    longest = max(len(chunk.sequence.blocks) for chunk in chunks)
-    return torch.tensor(
-        [chunk.sequence.blocks + [0] * (longest - len(chunk.sequence.blocks)) for chunk in chunks]
-    )
+        After an error on CUDA nothing that its context says can be believed, but for memory that
+        was refused: that is torch's own doing, and happens before anything is computed with it.
+        """
+        return self._device.type == "cpu" or isinstance(error, torch.OutOfMemoryError)
