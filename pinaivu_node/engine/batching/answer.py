@@ -15,6 +15,7 @@ from pinaivu_node.engine.types import (
     Alternative,
     FinishReason,
     GenerationRequest,
+    PromptRefused,
     TokenEvent,
     TokenLogprob,
 )
@@ -60,12 +61,15 @@ class Answer:
         self._vocabulary = vocabulary
         self._parser = parser
         self._lookup = lookup
+        self._error: str | None = None
         if len(sequence.tokens) >= ending.length:
             self.finished = FinishReason.LENGTH
         # The reader has the text of these; text, calls and penalties go on from where they were.
         for token_id in request.resume_token_ids:
             if self.finished is None:
                 self._take(token_id)
+        if self._error is not None:
+            raise PromptRefused(f"The answer cannot be gone on with. {self._error}")
 
     def guess(self, most: int) -> list[int]:
         """At most so many tokens that may come next; fewer than the answer can still have."""
@@ -85,11 +89,18 @@ class Answer:
     def take(self, chosen: Chosen) -> TokenEvent:
         """Account for the next token."""
         parsed = self._take(chosen.token_id)
+        if self._error is not None:
+            return self._event((), parsed, error=self._error)
         return self._event((chosen.token_id,), parsed, logprobs=self._logprobs(chosen))
 
     def ended(self, reason: FinishReason, *, error: str | None = None) -> TokenEvent:
-        """The last event of an answer that is broken off: cancelled, or failed."""
+        """The last event of an answer that is broken off: cancelled, or failed.
+
+        Where the constraint failed, that is why.
+        """
         self.finished = reason
+        if error is not None and self.matcher is not None:
+            error = self.matcher.error or error
         return self._event((), self._flush(), error=error)
 
     def over(self) -> TokenEvent:
@@ -97,14 +108,19 @@ class Answer:
         return self._event((), Parsed("", ()))
 
     def _take(self, token_id: int) -> Parsed:
-        """Count a token of the answer; what it shows.  Sets `finished` if it is the last."""
+        """Count a token of the answer; what it shows.
+
+        Sets `finished` if it is the last, and `_error` if the constraint cannot go on by it.
+        """
         self.sequence.tokens.append(token_id)
         self._sampling.observe(token_id)
         if token_id in self._ending.stop_ids:
             self.finished = FinishReason.STOP
             return self._flush()
         if self.matcher is not None and not self.matcher.accept(token_id):
-            raise ValueError(f"token {token_id} is not in the constraint's language")
+            self._error = self.matcher.error or "The constraint forbids what was said."
+            self.finished = FinishReason.ERROR
+            return self._flush()
         shown = self._text.push(token_id)
         if shown.stopped:
             self.finished = FinishReason.STOP

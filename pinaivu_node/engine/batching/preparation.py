@@ -20,13 +20,14 @@ from pinaivu_node.engine.chat.text import AnswerText, ByteDetokenizer, WindowDet
 from pinaivu_node.engine.chat.token_bytes import TokenBytes
 from pinaivu_node.engine.limits import check_request
 from pinaivu_node.engine.model.loading import LoadedModel, LoadError
-from pinaivu_node.engine.sampling import noise
+from pinaivu_node.engine.sampling import noise, schema
 from pinaivu_node.engine.sampling.constraint import ConstraintCompiler, Matcher
 from pinaivu_node.engine.sampling.sampler import SequenceSampling
 from pinaivu_node.engine.types import (
     GenerationRequest,
     PromptRefused,
     SamplingParams,
+    Tool,
     ToolChoice,
     ToolUse,
 )
@@ -91,8 +92,10 @@ class Preparation:
             check_request(request, vocabulary=self._model.vocabulary)
             prompt = self._encoder.encode(request.prompt, request.tools)
             self._check_length(request, prompt)
+            matcher = self._matcher(request)
             answers = tuple(
-                self._answer(request, prompt, index) for index in range(request.sampling.n)
+                self._answer(request, prompt, index, None if matcher is None else matcher.copy())
+                for index in range(request.sampling.n)
             )
         except PromptRefused as exc:
             return Unprepared(request.id, str(exc))
@@ -111,11 +114,12 @@ class Preparation:
         if len(prompt) + len(request.resume_token_ids) >= window:
             raise PromptRefused(too_long(window, len(prompt)))
 
-    def _answer(self, request: GenerationRequest, prompt: Ids[int], index: int) -> Answer:
+    def _answer(
+        self, request: GenerationRequest, prompt: Ids[int], index: int, matcher: Matcher | None
+    ) -> Answer:
         params = request.sampling
         model = self._model
         stop_ids = frozenset(params.stop_token_ids)
-        matcher = self._matcher(request)
         sequence = Sequence(list(prompt), tenant=request.tenant)
         if not params.ignore_eos or matcher is not None:
             stop_ids |= model.eos_ids
@@ -145,9 +149,11 @@ class Preparation:
         return None if request.tools is None else self._calls(request.tools)
 
     def _calls(self, tools: ToolUse) -> Matcher | None:
-        constraint = self._encoder.dialect.constraint(tools)
         try:
-            return None if constraint is None else self._compiler.compile(constraint)
+            for tool in tools.tools:
+                _check_schema(tool)
+            constraint = self._encoder.dialect.constraint(tools)
+            return None if constraint is None else self._compiler.compile(constraint, ours=True)
         except PromptRefused:
             if tools.choice is ToolChoice.AUTO:  # a call is then hoped for, as everywhere else
                 return None
@@ -166,6 +172,14 @@ class Preparation:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _check_schema(tool: Tool) -> None:
+    try:
+        schema.read_untrusted(tool.parameters)
+    except ValueError as exc:
+        reason = f"The parameters of {tool.name} cannot be used: {exc}."
+        raise PromptRefused(reason) from exc
 
 
 def too_long(window: int, tokens: int) -> str:
