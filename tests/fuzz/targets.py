@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what strangers' bytes reach first.
 
-Run as `python tests/fuzz/targets.py yamux|framing [libFuzzer options]`, for as long as you like; the
-test beside it does so for a moment.  A target fails when it raises, or keeps more than it may.
+Run as `python tests/fuzz/targets.py yamux|framing [libFuzzer options]`, for as long as you like;
+the test beside it does so for a moment.  A target fails when it raises, or keeps more than it may.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def yamux(data: bytes) -> None:
         while dice.remaining_bytes():
             now += 0.01
             connection.receive_untrusted(dice.ConsumeBytes(dice.ConsumeIntInRange(1, 64)), now=now)
-            for event in connection.take_events():
-                if isinstance(event, told.Opened):
-                    streams.append(event.stream)
+            events = connection.take_events()
+            streams += [event.stream for event in events if isinstance(event, told.Opened)]
             assert sum(stream.unread for stream in streams) <= MAX_HELD
             stream = streams[dice.ConsumeIntInRange(0, len(streams) - 1)]
             match dice.ConsumeIntInRange(0, 7):

@@ -15,7 +15,8 @@ pytest.importorskip("atheris", reason="no atheris here: it has no wheel for this
 def test_no_bytes_break_it(target, runs, tmp_path):
     command = [
         sys.executable, Path(__file__).with_name("targets.py"), target,
-        "-seed=1", f"-runs={runs}", "-max_len=600", "-len_control=0", f"-artifact_prefix={tmp_path}/",
+        "-seed=1", f"-runs={runs}", "-max_len=600", "-len_control=0",
+        f"-artifact_prefix={tmp_path}/",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
