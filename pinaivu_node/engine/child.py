@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     Said = Frame | Prepared | Unprepared
 
 _READ_BYTES: Final = 65536
-_MAX_RUNNING_ON_CPU: Final = 16
-_MAX_RUNNING_ON_GPU: Final = 64
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,7 @@ def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) 
         model = load(config, progress)
         preparation = Preparation(model, speculates=config.speculate > 0)
         preparation.warm_up()
-        on_cpu = model.device.type == "cpu"
-        max_running = config.max_running or (_MAX_RUNNING_ON_CPU if on_cpu else _MAX_RUNNING_ON_GPU)
+        max_running = config.most_running(on_cpu=model.device.type == "cpu")
         loop = StepLoop(
             model,
             config,

@@ -30,6 +30,10 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid"):
     on a CPU, what `memory_fraction` leaves beside the weights on a GPU."""
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
     """Of a GPU's memory, for weights, cache and work space together."""
+    cuda_graphs: bool = True
+    """Record decode steps on a GPU once and replay them: faster, but loading takes longer."""
+    tensor_parallel: int = Field(default=1, ge=1, le=16)
+    """GPUs of this machine that share the model, each a part of every layer."""
     prefill_chunk: int = Field(default=512, ge=16, le=65536)
     """Prompt tokens per step.  Between steps the child hears cancels and shows that it is alive:
     512 take about a second of one CPU core on a small model."""
@@ -49,6 +53,10 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid"):
     ping_interval_s: float = Field(default=2.0, gt=0)
     restart_backoff_s: float = Field(default=0.5, gt=0)
     """Pause before the first restart; doubles up to half a minute while restarts fail."""
+
+    def most_running(self, *, on_cpu: bool) -> int:
+        """Answers at once, on such a device."""
+        return self.max_running or (16 if on_cpu else 64)
 
 
 class OpenAIEngineConfig(BaseModel, frozen=True, extra="forbid"):

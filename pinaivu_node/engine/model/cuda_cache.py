@@ -16,8 +16,6 @@ from pinaivu_node.engine.model.paged_attention import (
     FLASH_PAGE,
     Attention,
     Place,
-    attention_for,
-    flash,
     gathered,
     placed,
 )
@@ -44,6 +42,7 @@ class CudaKvCache:
         window: int,
         device: torch.device,
         page: int = FLASH_PAGE,
+        attention: Attention = gathered,
     ) -> None:
         """Takes its memory now, and one page more than asked for.
 
@@ -58,16 +57,7 @@ class CudaKvCache:
         # Zeros and not whatever was there: see `gathered`.
         self.keys = torch.zeros(sizes, dtype=shape.dtype, device=device)
         self.values = torch.zeros(sizes, dtype=shape.dtype, device=device)
-        self._attention: Attention = gathered
-        if page % FLASH_PAGE == 0:
-            self._attention = attention_for(device, shape.dtype, head_dim=shape.head_dim)
-
-    @property
-    def reads_in_place(self) -> bool:
-        """Whether attention costs what a sequence's length asks for, and not what its table
-        could hold: else a recorded step, whose tables are the longest, is a slow one.
-        """
-        return self._attention is flash
+        self._attention = attention
 
     def batch(self, chunks: torch.Tensor, tables: torch.Tensor) -> PlacedBatch:
         """See `StepCache.batch`; ValueError or IndexError if a position is beyond the window or

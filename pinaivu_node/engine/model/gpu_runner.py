@@ -1,0 +1,158 @@
+"""A model that is on a GPU, made ready for steps: memory measured, pages taken, decode recorded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.model.cpu_cache import KvShape
+from pinaivu_node.engine.model.cuda_cache import CudaKvCache
+from pinaivu_node.engine.model.cuda_graphs import CudaRecorder, DecodeGraphs, row_counts
+from pinaivu_node.engine.model.gpu_memory import measured, pages_that_fit
+from pinaivu_node.engine.model.paged_attention import (
+    FLASH_PAGE,
+    Attention,
+    attention_for,
+    flash,
+    gathered,
+)
+from pinaivu_node.engine.model.pretrained import Progress
+from pinaivu_node.engine.model.runner import Runner
+from pinaivu_node.engine.model.step import Step
+from pinaivu_node.engine.sampling.sampler import Draw, SequenceSampling, choose
+from pinaivu_node.engine.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_GATHERED_PAGE: Final = 64
+"""Positions per page where FlashAttention asks for nothing: the smaller, the more is shared."""
+_COPIES: Final = 2
+"""Of one layer's keys and values that `gathered` makes at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRunner:
+    """A runner, and what there is for its scheduler to plan with."""
+
+    runner: Runner
+    pages: int
+    page: int
+    window: int
+
+
+def on_gpu(
+    model: Any,
+    shape: KvShape,
+    config: EngineConfig,
+    *,
+    window: int,
+    agree: Callable[[int], int],
+    progress: Progress,
+) -> GpuRunner:
+    """Make the most of the GPU that the model is on; LoadError if there is no room for a cache.
+
+    The model's attention is ours already.  `agree`: of the pages that fit here, how many all GPUs
+    that share the model have.
+    """
+    device: torch.device = model.device
+    attention = _attention(model, shape)
+    page = FLASH_PAGE if attention is flash else _GATHERED_PAGE
+    most = config.most_running(on_cpu=False)
+
+    def cache_of(pages: int) -> CudaKvCache:
+        return CudaKvCache(
+            shape, pages=pages, window=window, device=device, page=page, attention=attention
+        )
+
+    progress(0.7, "measuring the GPU's memory")
+    step = largest_step(prompt=config.prefill_chunk, rows=most, window=window, page=page)
+    memory = measured(lambda: _work(model, cache_of, step), device)
+    records = config.cuda_graphs and attention is flash
+    if records:  # recordings have a work space of their own
+        memory = replace(memory, work=2 * memory.work)
+    pages = agree(
+        pages_that_fit(
+            memory,
+            fraction=config.memory_fraction,
+            page_bytes=_page_bytes(shape, page, attention),
+            kv_cache_gb=config.kv_cache_gb,
+        )
+    )
+    window = min(window, pages * page)
+    cache = cache_of(pages)
+    graphs = _recorded(model, cache, most=most, progress=progress) if records else None
+    return GpuRunner(Runner(model, cache, graphs=graphs), pages, page, window)
+
+
+def largest_step(*, prompt: int, rows: int, window: int, page: int) -> Step:
+    """A step as large as any will be: so many tokens of prompts, and so many rows of logits.
+
+    In a cache that has pages for it and for nothing else.
+    """
+    total = prompt + rows
+    chunks, tables = [], []
+    first_page = 0
+    for number, first in enumerate(range(0, total, window)):
+        count = min(window, total - first)
+        pages = -(-count // page)
+        chunks.append((first, count, 0, number))
+        tables.append(list(range(first_page, first_page + pages)))
+        first_page += pages
+    width = max(map(len, tables))
+    return Step(
+        tokens=[0] * total,
+        last=list(range(total - rows, total)),
+        chunks=chunks,
+        tables=[table + [0] * (width - len(table)) for table in tables],
+    )
+
+
+def _attention(model: Any, shape: KvShape) -> Attention:
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return gathered
+    return attention_for(model.device, shape.dtype, head_dim=shape.head_dim)
+
+
+def _work(model: Any, cache_of: Callable[[int], CudaKvCache], step: Step) -> None:
+    """A large step, with pages for it alone, and the draws after it."""
+    pages = 1 + max(page for table in step.tables for page in table)
+    logits = Runner(model, cache_of(pages)).forward(step)
+    vocabulary = logits.shape[1]
+    params = SamplingParams(max_tokens=1, top_k=50, top_p=0.9, logprobs=20, logit_bias={0: 1.0})
+    state = SequenceSampling(
+        params, seed=0, prompt=(), answer=(), vocabulary=vocabulary, device=model.device
+    )
+    allowed = torch.full((-(-vocabulary // 32),), -1, dtype=torch.int32)
+    choose(logits, [Draw(state, 0, allowed)] * len(logits))
+
+
+def _page_bytes(shape: KvShape, page: int, attention: Attention) -> int:
+    """Of the cache, and of what is copied of it at times."""
+    whole = shape.page_bytes(page)
+    return whole if attention is flash else whole + _COPIES * whole // shape.layers
+
+
+def _recorded(
+    model: Any, cache: CudaKvCache, *, most: int, progress: Progress
+) -> DecodeGraphs | None:
+    counts = row_counts(most)
+    graphs = DecodeGraphs()
+
+    def say(rows: int) -> None:
+        done = 1 - counts.index(rows) / len(counts)
+        progress(0.75 + 0.15 * done, f"recording decode steps of {rows}")
+
+    try:
+        graphs.record(model, cache, counts=counts, recorder=CudaRecorder(), progress=say)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as exc:
+        reason = str(exc).partition("\n")[0]
+        logger.warning("decode steps are not recorded, which makes them slower: %s", reason)
+        return None
+    return graphs
