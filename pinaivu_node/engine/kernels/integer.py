@@ -23,7 +23,9 @@ from pinaivu_node.engine.kernels.memory import (
     uint8_at,
 )
 
-LARGEST: Final = 127 * 256 + 127
+HIGH: Final = 256
+"""What high counts."""
+LARGEST: Final = 127 * HIGH + 127
 """That high and low can say."""
 WIDTH_MOST: Final = 2**31 // (128 * 127)
 """Inputs whose products cannot overflow a sum."""
@@ -47,7 +49,10 @@ def _split_rows(pointer: Any, size: int) -> Any:
         scales = float32_at(scales_at)
         for row in range(rows):
             x = pointer(x_at + size * row * width)
-            high, low = uint8_at(out_at + 2 * row * padded), uint8_at(out_at + (2 * row + 1) * padded)
+            high, low = (
+                uint8_at(out_at + 2 * row * padded),
+                uint8_at(out_at + (2 * row + 1) * padded),
+            )
             largest = np.int32(0)
             for i in range(width):
                 # Numbers without sign are in the order of their bits, and integers vectorise.
