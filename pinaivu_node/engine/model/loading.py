@@ -19,7 +19,11 @@ from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.model import attention
 from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.fused import fuse
-from pinaivu_node.engine.model.runner import Runner, StepCache
+from pinaivu_node.engine.model.gpu_runner import on_gpu
+from pinaivu_node.engine.model.runner import Runner, StepRunner
+from pinaivu_node.engine.model.weights import LoadError
+
+__all__ = ["LoadError", "LoadedModel", "load"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +41,11 @@ _WHOLE_WINDOW_BYTES: Final = 1 << 30
 """A cache is at least so large or one context window, whichever is smaller."""
 
 
-class LoadError(Exception):
-    """This folder cannot be run here; the message says what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """Weights, tokenizer, cache, and what they were found to be."""
 
-    runner: Runner
+    runner: StepRunner
     pool: BlockPool
     tokenizer: Any
     device: torch.device
@@ -97,14 +97,21 @@ def _prepared(
     probe = [(7919 * (place + 1)) % vocabulary for place in range(min(_PROBE_TOKENS, window))]
     expected = _probe_by_transformers(model, probe)
     attention.register()
-    fuse(model)
     model.set_attn_implementation(attention.NAME)
     shape = _kv_shape(text_config, model.dtype)
-    pages = _pages(config, shape, window=window)
-    window = min(window, pages * CpuKvCache.page)
-    cache: StepCache = CpuKvCache(shape, pages=pages, window=window)
-    pool = BlockPool(pages, size=cache.page)
-    runner = Runner(model, cache)
+    if model.device.type == "cpu":
+        fuse(model)
+        pages = _pages(config, shape, window=window)
+        window = min(window, pages * CpuKvCache.page)
+        runner = Runner(model, CpuKvCache(shape, pages=pages, window=window))
+        pool = BlockPool(pages, size=CpuKvCache.page)
+    else:
+        gpu = on_gpu(
+            model, shape, config, window=window, agree=lambda pages: pages, progress=progress
+        )
+        window = gpu.window
+        runner = gpu.runner
+        pool = BlockPool(gpu.pages, size=gpu.page)
     progress(0.9, "checking the layers against the model's own")
     _check_probe(runner, pool, probe, expected, dtype=model.dtype)
     return LoadedModel(
@@ -130,7 +137,7 @@ def _probe_by_transformers(model: Any, probe: list[int]) -> torch.Tensor:
 
 
 def _check_probe(
-    runner: Runner,
+    runner: StepRunner,
     pool: BlockPool,
     probe: list[int],
     expected: torch.Tensor,
