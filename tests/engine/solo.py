@@ -46,9 +46,12 @@ class Said:
 class Solo:
     """One model in this very process; `answers` by (request id, index)."""
 
-    def __init__(self, folder: Path, *, max_running: int = 8, **config) -> None:
+    def __init__(self, folder: Path, *, max_running: int = 8, adapt=None, **config) -> None:
+        """`adapt` makes of a loaded model the one that is to run."""
         self.config = EngineConfig(**({"model": folder, "threads": 1, "device": "cpu"} | config))
         self.model: LoadedModel = load(self.config, lambda progress, what: None)
+        if adapt is not None:
+            self.model = adapt(self.model)
         self.preparation = Preparation(self.model, speculates=self.config.speculate > 0)
         self.inbox = queue.SimpleQueue()
         self.preparing: set[str] = set()

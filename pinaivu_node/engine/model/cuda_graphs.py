@@ -115,6 +115,7 @@ class DecodeGraphs:
             replay = recorder(_decode(model, buffers))
             self._recorded.insert(0, (buffers, replay))
 
+    @torch.inference_mode()
     def replay(self, step: Step) -> torch.Tensor | None:
         """The step's logits, which hold until the next one; None if there is no recording of it."""
         if not step.is_decoding:

@@ -133,7 +133,7 @@ def _work(model: Any, cache_of: Callable[[int], CudaKvCache], step: Step) -> Non
 
 def _page_bytes(shape: KvShape, page: int, attention: Attention) -> int:
     """Of the cache, and of what is copied of it at times."""
-    whole = shape.page_bytes(page)
+    whole = 2 * shape.layers * shape.heads * shape.head_dim * page * shape.dtype.itemsize
     return whole if attention is flash else whole + _COPIES * whole // shape.layers
 
 

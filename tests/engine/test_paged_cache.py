@@ -1,0 +1,307 @@
+"""The cache of GPUs, run on a CPU and held to what the CPU's own cache says."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.model.attention import Look
+from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
+from pinaivu_node.engine.model.cuda_cache import CudaKvCache
+from pinaivu_node.engine.model.cuda_graphs import DecodeBuffers, DecodeGraphs, row_counts
+from pinaivu_node.engine.model.gpu_memory import Memory, pages_that_fit
+from pinaivu_node.engine.model.gpu_runner import largest_step
+from pinaivu_node.engine.model.paged_attention import (
+    Place,
+    attention_for,
+    flash,
+    flash_may_run,
+    gathered,
+    torch_has_paged_flash,
+)
+from pinaivu_node.engine.model.runner import Runner
+from pinaivu_node.engine.model.step import Step
+from pinaivu_node.engine.model.weights import LoadError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from solo import Solo, request
+
+CPU = torch.device("cpu")
+SHAPE = KvShape(1, 2, 16, torch.float32)
+STEPS = {
+    "prompts and a next token": [[0, 9, 0, 0], [9, 1, 0, 1], [10, 70, 0, 2]],
+    "next tokens": [[0, 1, 9, 0], [1, 1, 1, 1], [2, 1, 70, 2]],
+    "next tokens and a chunk": [[0, 1, 10, 0], [1, 4, 2, 1], [5, 1, 71, 2]],
+}
+LOOKS = {
+    "everything": Look(0.25),
+    "a window": Look(0.25, 7),
+    "a soft cap": Look(0.25, 0, 5.0),
+    "both": Look(0.25, 3, 2.0),
+}
+GIB = 2**30
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_gathered_pages_give_what_the_cpus_own_kernel_gives(look):
+    generator = torch.Generator().manual_seed(1)
+    own = CpuKvCache(SHAPE, pages=8, window=256)
+    paged = CudaKvCache(SHAPE, pages=8, window=256, device=CPU, page=own.page)
+    # What a page held before it was given to this sequence is not to be read.
+    paged.keys[:], paged.values[:] = torch.nan, torch.nan
+    tables = torch.tensor([[3, 1], [5, 2], [4, 0]])
+    for rows in STEPS.values():
+        tokens = sum(count for _, count, _, _ in rows)
+        query, key, value = (
+            torch.randn(tokens, heads, 16, generator=generator) for heads in (6, 2, 2)
+        )
+        expected, said = (
+            cache.attend(
+                0, query, key, value, look=look, batch=cache.batch(torch.tensor(rows), tables)
+            )
+            for cache in (own, paged)
+        )
+        torch.testing.assert_close(said, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("row", [[0, 2, 255, 0], [0, 1, 256, 0]])
+def test_a_position_beyond_the_window_is_an_error_before_anything_is_written(row):
+    paged = CudaKvCache(SHAPE, pages=8, window=256, device=CPU, page=64)
+    with pytest.raises(ValueError, match="beyond the context window"):
+        paged.batch(torch.tensor([row]), torch.tensor([[0, 1, 2, 3]]))
+
+
+def test_a_position_beyond_the_pages_is_an_error_before_anything_is_written():
+    paged = CudaKvCache(SHAPE, pages=8, window=256, device=CPU, page=64)
+    with pytest.raises(IndexError):
+        paged.batch(torch.tensor([[0, 1, 64, 0]]), torch.tensor([[0]]))
+
+
+def test_a_batch_of_another_cache_is_refused():
+    own = CpuKvCache(SHAPE, pages=1, window=64)
+    paged = CudaKvCache(SHAPE, pages=1, window=64, device=CPU, page=64)
+    batch = own.batch(torch.tensor([[0, 1, 0, 0]]), torch.tensor([[0]]))
+    some = torch.zeros(1, 2, 16)
+    with pytest.raises(TypeError):
+        paged.attend(0, some, some, some, batch=batch, look=Look(1.0))
+
+
+def test_a_cpu_gathers():
+    assert attention_for(CPU, torch.bfloat16, head_dim=64) is gathered
+    assert not flash_may_run(torch.device("cuda"), torch.float32, head_dim=64)
+    assert not flash_may_run(torch.device("cuda"), torch.bfloat16, head_dim=320)
+
+
+@pytest.mark.skipif(not torch_has_paged_flash(), reason="this torch has no FlashAttention of pages")
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("spans", [((0, 1, 299), (1, 1, 6)), ((0, 5, 300), (5, 1, 0))])
+def test_torchs_flash_attention_takes_what_it_is_given(spans, window):
+    """As far as shapes and types go: there is no GPU in it."""
+    tokens = sum(count for _, count, _ in spans)
+    with FakeTensorMode():
+
+        def some(*sizes, dtype=torch.int32):
+            return torch.empty(*sizes, device="cuda", dtype=dtype)
+
+        query = some(tokens, 6, 64, dtype=torch.bfloat16)
+        pages = some(4, 256, 2, 64, dtype=torch.bfloat16)
+        place = Place(some(tokens, dtype=torch.int64), some(2, 2), some(3), some(3), some(2), spans)
+        output = flash(query, pages, pages, place, Look(0.125, window))
+    assert output.shape == query.shape
+    assert output.dtype == torch.bfloat16
+
+
+# --- the whole engine over it ---------------------------------------------------------------------
+
+
+def paged(solo_model, *, page=16, pages=40, counts=()):
+    """The same model over the GPU's cache, decode steps of so many rows recorded."""
+    runner = solo_model.runner
+    shape = KvShape(2, 2, 8, torch.float32)
+    cache = CudaKvCache(shape, pages=pages, window=solo_model.context_window, device=CPU, page=page)
+    graphs = None
+    if counts:
+        graphs = DecodeGraphs()
+        graphs.record(
+            runner._model, cache, counts=counts, recorder=lambda compute: compute,
+            progress=lambda rows: None,
+        )  # fmt: skip
+    return replace(
+        solo_model,
+        runner=Runner(runner._model, cache, graphs=graphs),
+        pool=BlockPool(pages, size=page),
+    )
+
+
+def some_requests(dice: random.Random):
+    return [
+        request(
+            tuple(dice.randrange(258) for _ in range(dice.choice([1, 5, 40, 90]))),
+            id=str(number),
+            temperature=dice.choice([0.0, 1.0]),
+            seed=number,
+            logprobs=0,
+            ignore_eos=True,
+            max_tokens=dice.choice([1, 5, 30]),
+        )
+        for number in range(12)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model):
+    return Solo(tiny_model, prefill_chunk=16).run(*some_requests(random.Random(3)))
+
+
+@pytest.mark.parametrize("counts", [(), (1, 2, 4, 8)], ids=["told each time", "recorded"])
+@pytest.mark.parametrize("pages", [96, 12], ids=["room", "preempted"])
+def test_the_engine_says_the_same_over_pages(tiny_model, expected, counts, pages):
+    solo = Solo(
+        tiny_model,
+        prefill_chunk=16,
+        adapt=lambda model: paged(model, pages=pages, counts=counts),
+    )
+    said = solo.run(*some_requests(random.Random(3)))
+    assert (solo.loop._scheduler.preemptions > 0) == (pages == 12)
+    for ours, right in zip(said, expected, strict=True):
+        assert ours.token_ids == right.token_ids
+        assert ours.text == right.text
+        for a, b in zip(ours.logprobs, right.logprobs, strict=True):
+            assert a.chosen.logprob == pytest.approx(b.chosen.logprob, abs=1e-4)
+
+
+def test_a_prefix_is_found_again_in_pages(tiny_model):
+    solo = Solo(tiny_model, adapt=paged)
+    prompt = tuple(range(20, 120))
+    (first,) = solo.run(request(prompt))
+    (again,) = solo.run(request(prompt))
+    assert again.token_ids == first.token_ids
+    assert (first.last.cached_tokens, again.last.cached_tokens) == (0, 96)
+
+
+def test_guesses_are_checked_over_pages(tiny_model):
+    prompt = (7, 8, 9, 10) * 12
+    wanted = Solo(tiny_model).run(request(prompt, max_tokens=40, ignore_eos=True))[0]
+    solo = Solo(tiny_model, speculate=4, adapt=lambda model: paged(model, counts=(1, 2)))
+    (said,) = solo.run(request(prompt, max_tokens=40, ignore_eos=True))
+    assert said.token_ids == wanted.token_ids
+
+
+# --- recordings -----------------------------------------------------------------------------------
+
+
+def test_recordings_are_for_powers_of_two_up_to_what_may_run_at_once():
+    assert row_counts(1) == [1]
+    assert row_counts(48) == [1, 2, 4, 8, 16, 32, 64]
+    assert row_counts(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert row_counts(5000)[-1] == 512
+
+
+def test_buffers_hold_the_step_and_send_what_is_left_over_to_the_spare_page():
+    cache = CudaKvCache(SHAPE, pages=8, window=64, device=CPU, page=16)
+    buffers = DecodeBuffers(cache, 4)
+    before = buffers.tokens.data_ptr()
+    buffers.fill(Step([5, 6], [0, 1], [(0, 1, 17, 0), (1, 1, 3, 1)], [[2, 7], [4, 0]]))
+    place = buffers.batch.place
+    assert buffers.tokens.data_ptr() == before
+    assert buffers.tokens.tolist() == [5, 6, 0, 0]
+    assert buffers.positions.tolist() == [17, 3, 0, 0]
+    assert place.slots.tolist() == [7 * 16 + 1, 4 * 16 + 3, 8 * 16, 8 * 16]
+    assert place.lengths.tolist() == [18, 4, 1, 1]
+    assert place.tables[:, :2].tolist() == [[2, 7], [4, 0], [8, 0], [8, 0]]
+    assert place.tables.shape == (4, 4)
+    assert place.starts.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_only_steps_of_next_tokens_that_are_small_enough_are_replayed(tiny_model):
+    replayed = []
+    solo = Solo(tiny_model)
+    cache = CudaKvCache(
+        KvShape(2, 2, 8, torch.float32), pages=8, window=256, device=CPU, page=16
+    )  # fmt: skip
+
+    def recorder(compute):
+        def replay():
+            logits = compute()
+            replayed.append(len(logits))
+            return logits
+
+        return replay
+
+    graphs, told = DecodeGraphs(), []
+    graphs.record(
+        solo.model.runner._model, cache, counts=[1, 2, 4], recorder=recorder, progress=told.append
+    )
+    assert told == [4, 2, 1]
+
+    def step(rows):
+        chunks = [(row, 1, 0, row) for row in range(rows)]
+        return Step([5] * rows, list(range(rows)), chunks, [[row] for row in range(rows)])
+
+    for rows in (1, 2, 3, 4):
+        assert graphs.replay(step(rows)).shape == (rows, solo.model.vocabulary)
+    assert replayed == [1, 2, 4, 4]
+    assert graphs.replay(step(5)) is None
+    assert graphs.replay(Step([5, 6], [1], [(0, 2, 0, 0)], [[0]])) is None
+    assert graphs.replay(replace(step(1), last=[])) is None
+
+
+# --- what a step is, in numbers -------------------------------------------------------------------
+
+
+def test_a_step_arrives_in_another_process_as_it_left():
+    step = Step([5, 6, 7], [1, 2], [(0, 2, 30, 0), (2, 1, 0, 1)], [[4, 2, 9], [1, 0, 0]])
+    assert Step.unpack(step.pack()) == step
+    assert step.positions == [30, 31, 0]
+    nothing_drawn = Step([5], [], [(0, 1, 0, 0)], [[0]])
+    assert Step.unpack(nothing_drawn.pack()) == nothing_drawn
+
+
+@pytest.mark.parametrize("window", [16, 100, 5000])
+def test_the_largest_step_fits_pages_of_its_own(window):
+    step = largest_step(prompt=512, rows=64, window=window, page=16)
+    assert len(step.tokens) == len(step.positions) == 576
+    assert len(step.last) == 64
+    assert max(step.positions) < window
+    used = [page for table, (_, count, _, _) in zip(step.tables, step.chunks, strict=True)
+            for page in table[: -(-count // 16)]]  # fmt: skip
+    assert used == list(range(len(used)))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_pages_are_what_the_fraction_leaves_beside_weights_and_work():
+    memory = Memory(total=80 * GIB, used=16 * GIB, work=2 * GIB)
+    assert pages_that_fit(memory, fraction=0.9, page_bytes=GIB) == 53
+    assert pages_that_fit(memory, fraction=0.9, page_bytes=GIB, kv_cache_gb=10) == 9
+
+
+def test_where_nothing_is_left_the_operator_hears_what_takes_how_much():
+    memory = Memory(total=24 * GIB, used=20 * GIB, work=2 * GIB)
+    with pytest.raises(LoadError, match=r"24\.0 GiB.*0\.9 allows 21\.6, 20\.0 are in use.*2\.0"):
+        pages_that_fit(memory, fraction=0.9, page_bytes=GIB)
+    with pytest.raises(LoadError, match="kv_cache_gb 1"):
+        pages_that_fit(memory, fraction=0.9, page_bytes=GIB, kv_cache_gb=1)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_was_refused_memory_goes_on_and_after_any_other_error_does_not(tiny_model):
+    class OnGpu:
+        device = torch.device("cuda")
+
+    runner = Runner(OnGpu(), Solo(tiny_model).model.runner._cache)
+    assert runner.survives(torch.OutOfMemoryError("refused"))
+    assert not runner.survives(RuntimeError("CUDA error: an illegal memory access"))
