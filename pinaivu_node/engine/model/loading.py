@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -21,9 +21,15 @@ from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.fused import fuse
 from pinaivu_node.engine.model.gpu_runner import on_gpu
 from pinaivu_node.engine.model.runner import Runner, StepRunner
+from pinaivu_node.engine.model.tensor_parallel import (
+    Followers,
+    LeadingRunner,
+    Rank,
+    check_devices,
+)
 from pinaivu_node.engine.model.weights import LoadError
 
-__all__ = ["LoadError", "LoadedModel", "load"]
+__all__ = ["LoadError", "LoadedModel", "load", "load_part"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +62,17 @@ class LoadedModel:
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
-    """The model in this folder, on the device; LoadError if it cannot be."""
+    """The model in this folder, on the device or devices; LoadError if it cannot be."""
+    if config.tensor_parallel == 1:
+        return load_part(config, progress)
+    check_devices(config, device_of(config.device))
+    followers = Followers(config)
+    model = load_part(config, progress, rank=followers.leader)
+    return replace(model, runner=LeadingRunner(model.runner, followers))
+
+
+def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = None) -> LoadedModel:
+    """As `load`, but of a model that is shared only the part of this process."""
     device = device_of(config.device)
     if device.type == "cpu":
         # One core is left for the event loops around: a step loop whose threads wait for a core
@@ -66,27 +82,31 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
         progress(0.0, "reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
         progress(0.2, "reading weights")
-        model = _read(config, device)
+        if rank is not None:
+            rank.join(device)
+        model = _read(config, device, rank)
         progress(0.6, "preparing layers")
-        return _prepared(model, tokenizer, config=config, progress=progress)
+        return _prepared(model, tokenizer, config=config, rank=rank, progress=progress)
     except torch.OutOfMemoryError as exc:
         raise LoadError(f"{config.model.name} does not fit in the memory of {device}") from exc
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as exc:
         raise LoadError(f"cannot load {config.model}: {exc}") from exc
 
 
-def _read(config: EngineConfig, device: torch.device) -> Any:
+def _read(config: EngineConfig, device: torch.device, rank: Rank | None) -> Any:
+    shared = {} if rank is None else {"distributed_config": rank.plan()}
     model = AutoModelForCausalLM.from_pretrained(
         config.model,
         local_files_only=True,
         use_safetensors=True,  # the older format is code
         dtype=_dtype(config.dtype, device),
+        **shared,
     )
-    return model.to(device).eval()
+    return (model.to(device) if rank is None else model).eval()
 
 
 def _prepared(
-    model: Any, tokenizer: Any, *, config: EngineConfig, progress: Progress
+    model: Any, tokenizer: Any, *, config: EngineConfig, rank: Rank | None, progress: Progress
 ) -> LoadedModel:
     text_config = model.config.get_text_config()
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -99,16 +119,18 @@ def _prepared(
     attention.register()
     model.set_attn_implementation(attention.NAME)
     shape = _kv_shape(text_config, model.dtype)
+    if rank is not None:
+        shape = replace(shape, heads=rank.kv_heads(model, shape.heads))
     if model.device.type == "cpu":
-        fuse(model)
+        if rank is None:
+            fuse(model)
         pages = _pages(config, shape, window=window)
         window = min(window, pages * CpuKvCache.page)
         runner = Runner(model, CpuKvCache(shape, pages=pages, window=window))
         pool = BlockPool(pages, size=CpuKvCache.page)
     else:
-        gpu = on_gpu(
-            model, shape, config, window=window, agree=lambda pages: pages, progress=progress
-        )
+        least = rank.least if rank is not None else int
+        gpu = on_gpu(model, shape, config, window=window, agree=least, progress=progress)
         window = gpu.window
         runner = gpu.runner
         pool = BlockPool(gpu.pages, size=gpu.page)

@@ -33,6 +33,10 @@ class StepRunner(Protocol):
         """
         ...
 
+    def forward(self, step: Step) -> torch.Tensor:
+        """The same of a step in plain numbers."""
+        ...
+
     def survives(self, error: Exception) -> bool:
         """Whether the next step can be computed after this one failed so."""
         ...
@@ -53,7 +57,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
-        """The same of a step in plain numbers."""
+        """See `StepRunner.forward`."""
         if self._graphs is not None and (replayed := self._graphs.replay(step)) is not None:
             return replayed
         batch = self._cache.batch(torch.tensor(step.chunks), torch.tensor(step.tables))
