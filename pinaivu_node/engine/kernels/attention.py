@@ -4,12 +4,12 @@ Theory of operation.  A batch is a packed list of tokens: for each sequence the 
 chunk of its prompt.  `attend` first writes the keys and values of all tokens into their pages, then
 lets every query look at the positions up to its own.  A page holds `PAGE` positions of one KV head,
 keys as [head_dim, PAGE] and values as [PAGE, head_dim]: then both products run along contiguous
-memory, a key's score of 64 positions at a time and a value's row at a time.  Since the kernel walks
+memory, the scores of 64 positions at a time and a value's row at a time.  Since the kernel walks
 the block table itself, pages cost nothing over contiguous rows (gathering them for a matrix product
 would double the work).
 
-Four queries are worked on together, so that what is read from the cache is used four times: the
-heads of a group in decode, heads and tokens in prefill.
+Up to four queries are worked on together, so that what is read from the cache is used four times:
+the heads of a group in decode, heads and tokens in prefill.
 
 Every sum is taken in an order given by positions and dimensions alone: scores over dimensions in
 order, weights over positions in sixteen lanes by position, values over positions in order.  Masked
@@ -19,10 +19,12 @@ decode or in a chunk of any length, and whoever else was in the batch.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
+from pinaivu_node.engine.kernels import vectors
 from pinaivu_node.engine.kernels.arithmetic import MINUS_INFINITY, ONE, ZERO, exponential, tanh
 from pinaivu_node.engine.kernels.memory import (
     KERNEL,
@@ -32,18 +34,32 @@ from pinaivu_node.engine.kernels.memory import (
     load,
     store,
 )
+from pinaivu_node.engine.kernels.vectors import BFLOAT16, FLOAT32, I64, LANES, Format, at
 
 PAGE: Final = 64
 """Positions per page: sixteen vectors of AVX, and fine enough to share short prefixes."""
 TILE: Final = 4
 """Queries worked on together."""
+GRAIN: Final = 16
+"""Keys and values are padded with zeros to a multiple of it: the widest vector."""
 _LANES: Final = 16
+"""Of a softmax: partial sums, by position modulo this."""
+_VECTORS: Final = 2 if vectors.HAS_FEW_REGISTERS else 4
+"""Of a tile: four queries by so many vectors stay in registers."""
+_LINE: Final = 64
+"""Bytes that memory gives at once."""
+_POINTER: Final = {FLOAT32: float32_at, BFLOAT16: bfloat16_at}
 
 
 def scratch_floats(*, window: int, head_dim: int) -> int:
     """How many float32 numbers of scratch memory `attend` needs for positions below `window`."""
     pages = -(-window // PAGE)
-    return TILE * (pages * PAGE + 2 * head_dim) + 2 * _LANES
+    return TILE * (pages * PAGE + 2 * padded(head_dim)) + 2 * _LANES
+
+
+def padded(head_dim: int) -> int:
+    """How many numbers a key or a value takes in a page."""
+    return -(-head_dim // GRAIN) * GRAIN
 
 
 @njit(**KERNEL)
@@ -77,161 +93,303 @@ def _softmax(scores, at, end, low, high, lanes):
         scores[at + i] *= inverse
 
 
-@njit(**KERNEL)
-def _scores_of_page(query, width, keys, page_at, scores, to, stride, count):
-    """scores[to + tile·stride + i] = query[tile] · key[i] for the first keys of a page."""
-    a, b, c, d = to, to + stride, to + 2 * stride, to + 3 * stride
-    for i in range(count):
-        scores[a + i] = ZERO
-        scores[b + i] = ZERO
-        scores[c + i] = ZERO
-        scores[d + i] = ZERO
-    for at in range(0, width, 4):
-        qa, qb, qc, qd = at, at + width, at + 2 * width, at + 3 * width
-        a0, a1, a2, a3 = query[qa], query[qa + 1], query[qa + 2], query[qa + 3]
-        b0, b1, b2, b3 = query[qb], query[qb + 1], query[qb + 2], query[qb + 3]
-        c0, c1, c2, c3 = query[qc], query[qc + 1], query[qc + 2], query[qc + 3]
-        d0, d1, d2, d3 = query[qd], query[qd + 1], query[qd + 2], query[qd + 3]
-        key = page_at + at * PAGE
-        for i in range(count):
-            k0 = load(keys, key + i)
-            k1 = load(keys, key + PAGE + i)
-            k2 = load(keys, key + 2 * PAGE + i)
-            k3 = load(keys, key + 3 * PAGE + i)
-            scores[a + i] = scores[a + i] + a0 * k0 + a1 * k1 + a2 * k2 + a3 * k3
-            scores[b + i] = scores[b + i] + b0 * k0 + b1 * k1 + b2 * k2 + b3 * k3
-            scores[c + i] = scores[c + i] + c0 * k0 + c1 * k1 + c2 * k2 + c3 * k3
-            scores[d + i] = scores[d + i] + d0 * k0 + d1 * k1 + d2 * k2 + d3 * k3
+def _ask(builder: Any, kind: Format, pointer: Any, count: int) -> None:
+    """Ask for the memory of so many vectors ahead."""
+    for begin in range(0, count * LANES * kind.bytes, _LINE):
+        vectors.prefetch(builder, at(builder, pointer, I64(begin // kind.bytes)))
 
 
-@njit(**KERNEL)
-def _values_of_page(weights, at, stride, count, values, page_at, output, width):
-    """output[tile] += Σ weight[tile, i] · value[i] over the first `count` of a page."""
-    oa, ob, oc, od = 0, width, 2 * width, 3 * width
-    whole = count - count % 4
-    for i in range(0, whole, 4):
-        wa, wb, wc, wd = at + i, at + stride + i, at + 2 * stride + i, at + 3 * stride + i
-        a0, a1, a2, a3 = weights[wa], weights[wa + 1], weights[wa + 2], weights[wa + 3]
-        b0, b1, b2, b3 = weights[wb], weights[wb + 1], weights[wb + 2], weights[wb + 3]
-        c0, c1, c2, c3 = weights[wc], weights[wc + 1], weights[wc + 2], weights[wc + 3]
-        d0, d1, d2, d3 = weights[wd], weights[wd + 1], weights[wd + 2], weights[wd + 3]
-        value = page_at + i * width
-        for j in range(width):
-            v0 = load(values, value + j)
-            v1 = load(values, value + width + j)
-            v2 = load(values, value + 2 * width + j)
-            v3 = load(values, value + 3 * width + j)
-            output[oa + j] = output[oa + j] + a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-            output[ob + j] = output[ob + j] + b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
-            output[oc + j] = output[oc + j] + c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
-            output[od + j] = output[od + j] + d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
-    for i in range(whole, count):
-        a0, b0 = weights[at + i], weights[at + stride + i]
-        c0, d0 = weights[at + 2 * stride + i], weights[at + 3 * stride + i]
-        value = page_at + i * width
-        for j in range(width):
-            v0 = load(values, value + j)
-            output[oa + j] = output[oa + j] + a0 * v0
-            output[ob + j] = output[ob + j] + b0 * v0
-            output[oc + j] = output[oc + j] + c0 * v0
-            output[od + j] = output[od + j] + d0 * v0
+def _score_tile(queries: int, width_in_vectors: int, keys_format: Format) -> Any:
+    """scores[n·stride + i] = query[n] · key[i], for so many queries and vectors of positions.
+
+    `soon` is where memory like that of the keys is that will be read next.
+    """
+
+    @intrinsic
+    def tile(context, query, width, keys, soon, scores, stride):
+        floats = types.CPointer(types.float32)
+        elements = types.CPointer(keys_format.element)
+        signature = types.void(floats, types.int64, elements, elements, floats, types.int64)
+
+        def generate(context, b, signature, arguments):
+            query, width, keys, soon, scores, stride = arguments
+            rows = [at(b, query, b.mul(width, I64(n))) for n in range(queries)]
+
+            def one_dimension(i, sums):
+                here = at(b, keys, b.mul(i, I64(PAGE)))
+                _ask(b, keys_format, at(b, soon, b.mul(i, I64(PAGE))), width_in_vectors)
+                vector = [
+                    keys_format.load(b, at(b, here, I64(LANES * v)), align=keys_format.bytes)
+                    for v in range(width_in_vectors)
+                ]
+                totals = []
+                for n, row in enumerate(rows):
+                    x = vectors.everywhere(b, b.load(at(b, row, i)))
+                    for v, key in enumerate(vector):
+                        total = sums[n * width_in_vectors + v]
+                        totals.append(vectors.multiply_add(b, x, key, total))
+                return totals
+
+            zeros = [vectors.ZERO] * (queries * width_in_vectors)
+            sums = vectors.loop(b, I64(0), width, 1, zeros, one_dimension)
+            for n in range(queries):
+                for v in range(width_in_vectors):
+                    to = b.add(b.mul(stride, I64(n)), I64(LANES * v))
+                    FLOAT32.store(b, sums[n * width_in_vectors + v], at(b, scores, to))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+def _value_tile(queries: int, width_in_vectors: int, values_format: Format) -> Any:
+    """output[n·width + j] += Σ weight[n·stride + i] · value[i·width + j], i below `count`.
+
+    `soon` as for `_score_tile`.
+    """
+
+    @intrinsic
+    def tile(context, weights, stride, count, values, soon, output, width):
+        floats = types.CPointer(types.float32)
+        elements = types.CPointer(values_format.element)
+        signature = types.void(
+            floats, types.int64, types.int64, elements, elements, floats, types.int64
+        )
+
+        def generate(context, b, signature, arguments):
+            weights, stride, count, values, soon, output, width = arguments
+            rows = [at(b, weights, b.mul(stride, I64(n))) for n in range(queries)]
+            places = [
+                at(b, output, b.add(b.mul(width, I64(n)), I64(LANES * v)))
+                for n in range(queries)
+                for v in range(width_in_vectors)
+            ]
+
+            def one_position(i, sums):
+                here = at(b, values, b.mul(i, width))
+                _ask(b, values_format, at(b, soon, b.mul(i, width)), width_in_vectors)
+                vector = [
+                    values_format.load(b, at(b, here, I64(LANES * v)), align=values_format.bytes)
+                    for v in range(width_in_vectors)
+                ]
+                totals = []
+                for n, row in enumerate(rows):
+                    weight = vectors.everywhere(b, b.load(at(b, row, i)))
+                    for v, value in enumerate(vector):
+                        total = sums[n * width_in_vectors + v]
+                        totals.append(vectors.multiply_add(b, weight, value, total))
+                return totals
+
+            before = [FLOAT32.load(b, place, align=4) for place in places]
+            sums = vectors.loop(b, I64(0), count, 1, before, one_position)
+            for total, place in zip(sums, places, strict=True):
+                FLOAT32.store(b, total, place)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+def _for_each_size(make: Any) -> Any:
+    """make(queries)(…), as one function of queries and the rest."""
+    one, two, three, four = (make(queries) for queries in range(1, TILE + 1))
+
+    @njit(**KERNEL)
+    def for_each_size(queries, *arguments):
+        if queries == TILE:
+            four(*arguments)
+        elif queries == 3:
+            three(*arguments)
+        elif queries == 2:
+            two(*arguments)
+        else:
+            one(*arguments)
+
+    return for_each_size
+
+
+def _scores(kind: Format) -> Any:
+    pointer, size = _POINTER[kind], kind.bytes
+    all_positions, half = _VECTORS * LANES, _VECTORS // 2 * LANES
+
+    def make(queries: int) -> Any:
+        large = _score_tile(queries, _VECTORS, kind)
+        small = _score_tile(queries, _VECTORS // 2, kind)
+
+        @njit(**KERNEL)
+        def scores_of_page(query, width, keys_at, soon_at, scores_at, stride, count):
+            """Scores of the first `count` keys of a page, and of some after them."""
+            i = 0
+            while i < count:
+                keys, soon = pointer(keys_at + size * i), pointer(soon_at + size * i)
+                scores = float32_at(scores_at + 4 * i)
+                if count - i > half:
+                    large(query, width, keys, soon, scores, stride)
+                    i += all_positions
+                else:
+                    small(query, width, keys, soon, scores, stride)
+                    i += half
+
+        return scores_of_page
+
+    return _for_each_size(make)
+
+
+def _values(kind: Format) -> Any:
+    pointer, size = _POINTER[kind], kind.bytes
+    many = _VECTORS * LANES
+
+    def make(queries: int) -> Any:
+        large = _value_tile(queries, _VECTORS, kind)
+        small = _value_tile(queries, 1, kind)
+
+        @njit(**KERNEL)
+        def values_of_page(weights, stride, count, values_at, soon_at, output_at, width):
+            """Output += the first `count` values of a page by their weights."""
+            j = 0
+            while j < width:
+                values, soon = pointer(values_at + size * j), pointer(soon_at + size * j)
+                output = float32_at(output_at + 4 * j)
+                if width - j >= many:
+                    large(weights, stride, count, values, soon, output, width)
+                    j += many
+                else:
+                    small(weights, stride, count, values, soon, output, width)
+                    j += LANES
+
+        return values_of_page
+
+    return _for_each_size(make)
 
 
 @njit(**KERNEL)
 def _write(key, value, strides, keys, values, table, chunk, shape):
     """Put the keys and values of a sequence's chunk where its block table says."""
     first, count, start = chunk
-    heads, width = shape
+    heads, width, padded = shape
     for n in range(count):
         position = start + n
         page, slot = table[position // PAGE], position % PAGE
         for head in range(heads):
             from_key = (first + n) * strides[1] + head * width
             from_value = (first + n) * strides[2] + head * width
-            to = (page * heads + head) * width * PAGE
+            to = (page * heads + head) * padded * PAGE
             for i in range(width):
                 keys[to + i * PAGE + slot] = key[from_key + i]
             for i in range(width):
-                values[to + slot * width + i] = value[from_value + i]
+                values[to + slot * padded + i] = value[from_value + i]
 
 
-@njit(**KERNEL)
-def _attend_tile(tile, query, output, keys, values, table, place, looks, scratch):
-    """Up to four queries of one KV head, from their first dot product to their output.
+def _attend_tile(kind: Format) -> Any:
+    scores_of_page, values_of_page = _scores(kind), _values(kind)
+    bytes_each = kind.bytes
 
-    tile       first of the queries among the chunk's, counting a token's heads first; how many
-    place      elements from token to token in `query` and `output`; first token of the chunk and
-               its position; first query head, heads in the group, KV head, KV heads, head_dim
-    """
-    begin_at, size = tile
-    stride, dense, first, start, first_head, group, head, heads, width = place
-    scale, window, softcap = looks
-    queries, outputs, lanes, scores = scratch
-    oldest = start + begin_at // group
-    newest = start + (begin_at + size - 1) // group
-    begin = max(0, oldest + 1 - window) // PAGE if window > 0 else 0
-    pages = newest // PAGE + 1 - begin
-    end = pages * PAGE
-    for n in range(TILE):
-        member = begin_at + min(n, size - 1)  # a tile that is not full repeats its last query
-        at = (first + member // group) * stride + (first_head + member % group) * width
-        for i in range(width):
-            queries[n * width + i] = load(query, at + i) * scale
-            outputs[n * width + i] = ZERO
-    for page in range(pages):
-        page_at = (table[begin + page] * heads + head) * width * PAGE
-        seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
-        whole_lanes = -(-seen // _LANES) * _LANES
-        _scores_of_page(queries, width, keys, page_at, scores, page * PAGE, end, whole_lanes)
-    if softcap > ZERO:
-        for i in range(TILE * end):
-            scores[i] = softcap * tanh(scores[i] / softcap)
-    for n in range(TILE):
-        position = start + (begin_at + min(n, size - 1)) // group
-        low = max(0, position + 1 - window - begin * PAGE) if window > 0 else 0
-        _softmax(scores, n * end, end, low, position + 1 - begin * PAGE, lanes)
-    for page in range(pages):
-        page_at = (table[begin + page] * heads + head) * width * PAGE
-        seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
-        _values_of_page(scores, page * PAGE, end, seen, values, page_at, outputs, width)
-    for n in range(size):
-        member = begin_at + n
-        at = (first + member // group) * dense + (first_head + member % group) * width
-        for i in range(width):
-            store(output, at + i, outputs[n * width + i])
+    @njit(**KERNEL)
+    def attend_tile(tile, query, output, keys_at, values_at, table, place, looks, scratch_at):
+        """Up to four queries of one KV head, from their first dot product to their output.
+
+        tile     first of the queries among the chunk's, counting a token's heads first; how many
+        place    elements from token to token in `query` and `output`; first token of the chunk and
+                 its position; first query head, heads in the group, KV head, KV heads, head_dim,
+                 and that padded
+        """
+        begin_at, size = tile
+        stride, dense, first, start, first_head, group, head, heads, width, padded = place
+        scale, window, softcap = looks
+        outputs_at = scratch_at + 4 * TILE * padded
+        lanes_at = outputs_at + 4 * TILE * padded
+        scores_at = lanes_at + 8 * _LANES
+        queries, outputs = float32_at(scratch_at), float32_at(outputs_at)
+        lanes, scores = float32_at(lanes_at), float32_at(scores_at)
+        oldest = start + begin_at // group
+        newest = start + (begin_at + size - 1) // group
+        begin = max(0, oldest + 1 - window) // PAGE if window > 0 else 0
+        pages = newest // PAGE + 1 - begin
+        row = pages * PAGE
+        end = -(-(newest + 1 - begin * PAGE) // _LANES) * _LANES
+        for n in range(size):
+            member = begin_at + n
+            at = (first + member // group) * stride + (first_head + member % group) * width
+            for i in range(width):
+                queries[n * padded + i] = load(query, at + i) * scale
+            for i in range(width, padded):
+                queries[n * padded + i] = ZERO
+            for i in range(padded):
+                outputs[n * padded + i] = ZERO
+        page_bytes = bytes_each * padded * PAGE
+        for page in range(pages):
+            place_in_cache = (table[begin + page] * heads + head) * page_bytes
+            keys, soon = keys_at + place_in_cache, values_at + place_in_cache
+            seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
+            to = scores_at + 4 * page * PAGE
+            scores_of_page(size, queries, padded, keys, soon, to, row, seen)
+        for n in range(size):
+            if softcap > ZERO:
+                for i in range(n * row, n * row + end):
+                    scores[i] = softcap * tanh(scores[i] / softcap)
+            position = start + (begin_at + n) // group
+            low = max(0, position + 1 - window - begin * PAGE) if window > 0 else 0
+            _softmax(scores, n * row, end, low, position + 1 - begin * PAGE, lanes)
+        for page in range(pages):
+            values = values_at + (table[begin + page] * heads + head) * page_bytes
+            # Most often the keys of the next head lie behind those of this one.
+            soon = keys_at + (table[begin + page] * heads + head + 1) * page_bytes
+            seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
+            weights = float32_at(scores_at + 4 * page * PAGE)
+            values_of_page(size, weights, row, seen, values, soon, outputs_at, padded)
+        for n in range(size):
+            member = begin_at + n
+            at = (first + member // group) * dense + (first_head + member % group) * width
+            for i in range(width):
+                store(output, at + i, outputs[n * padded + i])
+
+    return attend_tile
 
 
-@njit(**KERNEL)
-def _attend(tensors, strides, cache, chunks, chunk_count, tables_at, shape, scratch_at, looks):
-    query, key, value, output = tensors
-    keys, values = cache
-    query_heads, heads, width, row_pages = shape
-    group = query_heads // heads
-    scratch = (
-        float32_at(scratch_at),
-        float32_at(scratch_at + 4 * TILE * width),
-        float32_at(scratch_at + 4 * TILE * 2 * width),
-        float32_at(scratch_at + 4 * (TILE * 2 * width + 2 * _LANES)),
-    )
-    for number in range(chunk_count):
-        first, count = chunks[4 * number], chunks[4 * number + 1]
-        start, row = chunks[4 * number + 2], chunks[4 * number + 3]
-        table = int64_at(tables_at + 8 * row * row_pages)
-        chunk = (first, count, start)
-        _write(key, value, strides, keys, values, table, chunk, (heads, width))
-        for head in range(heads):
-            place = (
-                strides[0], query_heads * width, first, start,
-                head * group, group, head, heads, width,
-            )  # fmt: skip
-            for begin_at in range(0, count * group, TILE):
-                tile = (begin_at, min(TILE, count * group - begin_at))
-                _attend_tile(tile, query, output, keys, values, table, place, looks, scratch)
+def _attend(kind: Format) -> Any:
+    attend_tile, pointer = _attend_tile(kind), _POINTER[kind]
+
+    @njit(**KERNEL)
+    def attend(
+        tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
+    ):
+        query, key, value, output = (
+            pointer(tensors[0]), pointer(tensors[1]), pointer(tensors[2]), pointer(tensors[3]),
+        )  # fmt: skip
+        keys, values = pointer(cache[0]), pointer(cache[1])
+        chunks = int64_at(chunks_at)
+        query_heads, heads, width, row_pages = shape
+        group = query_heads // heads
+        padded = -(-width // GRAIN) * GRAIN
+        for number in range(chunk_count):
+            first, count = chunks[4 * number], chunks[4 * number + 1]
+            start, row = chunks[4 * number + 2], chunks[4 * number + 3]
+            table = int64_at(tables_at + 8 * row * row_pages)
+            chunk = (first, count, start)
+            _write(key, value, strides, keys, values, table, chunk, (heads, width, padded))
+            for head in range(heads):
+                place = (
+                    strides[0], query_heads * width, first, start,
+                    head * group, group, head, heads, width, padded,
+                )  # fmt: skip
+                for begin_at in range(0, count * group, TILE):
+                    tile = (begin_at, min(TILE, count * group - begin_at))
+                    attend_tile(
+                        tile, query, output, cache[0], cache[1], table, place, looks, scratch_at
+                    )
+
+    return attend
+
+
+_attend_float32: Final = _attend(FLOAT32)
+_attend_bfloat16: Final = _attend(BFLOAT16)
 
 
 @njit(**KERNEL)
 def attend_float32(
-    tensors_at, strides, cache_at, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
+    tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
 ):
     """Write the batch's keys and values, then attend.
 
@@ -244,21 +402,16 @@ def attend_float32(
     looks     scale of the scores; how far a query sees, itself included, 0: everything before it;
               cap: scores become cap·tanh(score / cap), 0: they stay
     """
-    query_at, key_at, value_at, output_at = tensors_at
-    tensors = float32_at(query_at), float32_at(key_at), float32_at(value_at), float32_at(output_at)
-    cache = float32_at(cache_at[0]), float32_at(cache_at[1])
-    chunks = int64_at(chunks_at)
-    _attend(tensors, strides, cache, chunks, chunk_count, tables_at, shape, scratch_at, looks)
+    _attend_float32(
+        tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
+    )
 
 
 @njit(**KERNEL)
 def attend_bfloat16(
-    tensors_at, strides, cache_at, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
+    tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
 ):
     """As `attend_float32`, of tensors and pages in bfloat16."""
-    query_at, key_at, value_at, output_at = tensors_at
-    query, key = bfloat16_at(query_at), bfloat16_at(key_at)
-    tensors = query, key, bfloat16_at(value_at), bfloat16_at(output_at)
-    cache = bfloat16_at(cache_at[0]), bfloat16_at(cache_at[1])
-    chunks = int64_at(chunks_at)
-    _attend(tensors, strides, cache, chunks, chunk_count, tables_at, shape, scratch_at, looks)
+    _attend_bfloat16(
+        tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
+    )

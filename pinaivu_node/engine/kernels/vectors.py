@@ -26,6 +26,7 @@ I32: Final = ir.IntType(32)
 I64: Final = ir.IntType(64)
 BYTES: Final = ir.IntType(8).as_pointer()
 VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
+ZERO: Final = ir.Constant(VECTOR, [0.0] * LANES)
 _WORDS: Final = ir.VectorType(I32, LANES)
 _HALVES: Final = ir.VectorType(ir.IntType(16), LANES)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pinaivu_node.engine import kernels
-from pinaivu_node.engine.kernels.attention import PAGE, scratch_floats
+from pinaivu_node.engine.kernels.attention import PAGE, padded, scratch_floats
 from pinaivu_node.engine.model.attention import Batch, Look
 
 
@@ -26,7 +26,7 @@ class KvShape:
 
     def page_bytes(self, page: int) -> int:
         """Bytes of one page over all layers, keys and values."""
-        return 2 * self.layers * self.heads * self.head_dim * page * self.dtype.itemsize
+        return 2 * self.layers * self.heads * padded(self.head_dim) * page * self.dtype.itemsize
 
 
 class CpuKvCache:
@@ -37,9 +37,10 @@ class CpuKvCache:
     def __init__(self, shape: KvShape, *, pages: int, window: int) -> None:
         """Memory is taken from the system when a page is first written."""
         pages_of_layer = (shape.layers, pages, shape.heads)
-        self.keys = _zeros((*pages_of_layer, shape.head_dim, PAGE), shape.dtype)
+        width = padded(shape.head_dim)
+        self.keys = _zeros((*pages_of_layer, width, PAGE), shape.dtype)
         """Transposed: [layer, page, head, head_dim, position]."""
-        self.values = _zeros((*pages_of_layer, PAGE, shape.head_dim), shape.dtype)
+        self.values = _zeros((*pages_of_layer, PAGE, width), shape.dtype)
         self._layers: Final = tuple(
             (keys.data_ptr(), values.data_ptr())
             for keys, values in zip(self.keys, self.values, strict=True)
