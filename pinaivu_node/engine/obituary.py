@@ -11,8 +11,10 @@ from typing import Final
 _HEADER: Final = "Traceback (most recent call last):"
 _FATAL: Final = re.compile(
     r"Fatal Python error|terminate called|what\(\):|CUDA error|out of memory"
+    r"|rank \d+ of the engine was ended"
 )
-"""What the interpreter, the C++ runtime and CUDA say last, outside any traceback."""
+"""What the interpreter, the C++ runtime, CUDA and `tensor_parallel` say last, outside any
+traceback."""
 _MAX_CHARACTERS: Final = 500
 
 

@@ -114,6 +114,8 @@ def _prepared(
         int(getattr(text_config, "max_position_embeddings", 2**20)),
         config.context_window or 2**31,
     )
+    if rank is not None:  # said before a layer finds it out
+        rank.kv_heads(model, _kv_shape(text_config, model.dtype).heads)
     probe = [(7919 * (place + 1)) % vocabulary for place in range(min(_PROBE_TOKENS, window))]
     expected = _probe_by_transformers(model, probe)
     attention.register()

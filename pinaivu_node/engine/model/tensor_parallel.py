@@ -156,8 +156,10 @@ class Followers:
 
     def _watch(self, number: int, process: subprocess.Popen[bytes]) -> None:
         status = process.wait()
-        # Their own last words came before; a line that looks like nothing worse leaves them be.
-        sys.stderr.write(f"rank {number} of the engine ended with status {status}\n")
+        # One that exited said why; of a signal nobody else speaks.
+        how = f"exited with status {status}" if status >= 0 else f"was ended by signal {-status}"
+        sys.stderr.write(f"rank {number} of the engine {how}\n")
+        sys.stderr.flush()
         shutil.rmtree(self.leader.folder, ignore_errors=True)
         # Not sys.exit: the main thread waits in a sum for what will never come.
         os._exit(1)
