@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
-from scripts.benchmarks import network
+from scripts.benchmarks import mesh, network
+
+SUBJECTS: Final[dict[str, Any]] = {"network": network, "mesh": mesh}
+"""Each module has PARTS and `measure(only=)`, which returns figures with a list of `targets`."""
 
 
 def main() -> int:
     """Measure and print; 1 if a figure misses its target."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     subjects = parser.add_subparsers(dest="subject", required=True)
-    subject = subjects.add_parser("network", help=network.__doc__)
-    subject.add_argument("--json", action="store_true", help="print one JSON object")
-    subject.add_argument("--only", choices=network.PARTS, help="measure one part")
+    for name, module in SUBJECTS.items():
+        subject = subjects.add_parser(name, help=module.__doc__)
+        subject.add_argument("--json", action="store_true", help="print one JSON object")
+        subject.add_argument("--only", choices=module.PARTS, help="measure one part")
     arguments = parser.parse_args()
-    figures = network.measure(only=arguments.only)
+    figures = SUBJECTS[arguments.subject].measure(only=arguments.only)
     if arguments.json:
         print(json.dumps(figures))
     else:

@@ -16,8 +16,9 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 
 from pinaivu_node.mesh.config import MeshConfig
+from pinaivu_node.mesh.libp2p.corked import Buffered
 from pinaivu_node.mesh.libp2p.muxer import Fault
-from pinaivu_node.mesh.libp2p.secure import Buffered, PeerGate
+from pinaivu_node.mesh.libp2p.secure import PeerGate
 from pinaivu_node.mesh.mesh import MAX_FRAME_BYTES
 from pinaivu_node.protocol.ids import PeerId
 

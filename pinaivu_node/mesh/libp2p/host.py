@@ -124,7 +124,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     security, muxer = transport_options(key_pair, config, gate=gate, fault=fault)
     host = new_host(
         key_pair=key_pair,
-        sec_opt=security,
+        sec_opt=security.transports,
         muxer_opt={YAMUX: MuxedConnection},
         listen_addrs=[Multiaddr(address) for address in config.listen] or None,
         announce_addrs=[Multiaddr(address) for address in config.announce] or None,
@@ -144,6 +144,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     swarm.set_resource_manager(None)
     swarm.auto_connector = _NoAutoConnector(swarm)
     swarm.retry_config = RetryConfig(max_retries=0)
+    swarm.upgrader.security_multistream = security
     swarm.upgrader.muxer_multistream = muxer
     swarm._inbound_limiter = trio.CapacityLimiter(math.inf)  # noqa: SLF001
     inbound = _InboundGate(swarm, config.max_half_open)

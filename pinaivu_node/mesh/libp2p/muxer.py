@@ -58,7 +58,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         self._fault = fault
         self._flusher = Flusher.of_this_run()
         self._dirty = False
-        self._unsent = memoryview(b"")
+        self._unsent = memoryview(session.take_unsent())
         self._draining = False
         self._drained = trio.Event()
         self._accepted: deque[MuxedStream] = deque()
@@ -67,6 +67,8 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         self._leave_at: float | None = None
         self._over = False
         self._nursery: trio.Nursery | None = None
+        self.negotiated_muxer_protocol = ""
+        self.negotiated_security_protocol = ""
 
     # --- what py-libp2p asks ----------------------------------------------------------------------
 
@@ -131,6 +133,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
                 self._nursery = nursery
                 self._pulse.watch(self)
                 self.event_started.set()
+                self.flush()
                 try:
                     await self._receive()
                 finally:
