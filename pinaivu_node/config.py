@@ -87,6 +87,8 @@ class ProviderSettings(_Settings):
     context_window: Annotated[int, Field(ge=16)] | None = None
     """Of the server at `engine_url`: its API does not tell."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
+    tensor_parallel: Annotated[int, Field(ge=1, le=16)] = 1
+    """GPUs of this machine that share each model."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the engine; None: as many as there are cores."""
     memory_budget_gb: Annotated[float, Field(gt=0, le=1_000_000)] | None = None

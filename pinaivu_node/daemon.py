@@ -192,6 +192,7 @@ def _engine_config(
     return EngineConfig(
         model=model.folder,
         device=settings.device,
+        tensor_parallel=settings.tensor_parallel,
         threads=settings.threads,
         kv_cache_gb=kv_cache_gb,
     )

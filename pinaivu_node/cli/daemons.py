@@ -66,6 +66,10 @@ def start(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False)
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="GPUs of this machine that share each model.", show_default=False),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(

@@ -69,7 +69,8 @@ def footprint_of(config: EngineConfig) -> Footprint:
     weights = weigh(config.model)
     spare = kv_bytes(config) + _WORK
     return Footprint(
-        need=round(weights.values * _width(config)) + _PROCESS + spare,
+        # Where several GPUs share a model, the budget is of one of them.
+        need=round(weights.values * _width(config) / config.tensor_parallel) + _PROCESS + spare,
         spare=spare,
         load_s=_START_S + weights.bytes_on_disk / _BYTES_PER_SECOND,
     )
