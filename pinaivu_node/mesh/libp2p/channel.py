@@ -7,6 +7,7 @@ What passes through other layers of libp2p, like a relayed circuit, is read and 
 
 from __future__ import annotations
 
+import select
 from typing import Any, Final, Protocol
 
 import trio
@@ -48,6 +49,8 @@ class SocketChannel:
         self._raw = raw
         self._socket = sock
         self._burst = _BURST_BYTES
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLOUT)
         try:
             self._buffer = _shared_buffer.get()
         except LookupError:
@@ -66,7 +69,9 @@ class SocketChannel:
     def send_nowait(self, data: memoryview) -> int:
         """See `Channel.send_nowait`."""
         if self._burst <= 0:
-            return 0
+            if not self._poll.poll(0):
+                return 0
+            self._burst = _BURST_BYTES
         try:
             sent: int = self._socket.send(data)
         except (BlockingIOError, InterruptedError):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HIGH_WATER: Final = 256 * 1024
 """What one stream may have unsent: as much again as the peer's first window.  A longer write
 enters when nothing is unsent, whole."""
-_EAGER: Final = 64 * 1024
+_EAGER: Final = 128 * 1024
 """With so much unsent there is nothing to gain from waiting for more."""
 
 
@@ -68,26 +68,29 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
         self._reader = None
         return trio.lowlevel.Abort.SUCCEEDED
 
-    async def write(self, data: bytes | bytearray) -> None:
-        """Queue all of `data`, after waiting for room; a write that is cancelled queued nothing.
+    async def write(self, data: bytes | bytearray, more: bytes = b"") -> None:
+        """Queue all of both, after waiting for room; a write that is cancelled queued nothing.
 
         MuxedStreamClosed after `close`; MuxedStreamReset when the stream broke.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         core = self.core
-        while core.can_send and core.unsent and core.unsent + len(data) > HIGH_WATER:
-            core.want_room(max(0, HIGH_WATER - len(data)))
+        size = len(data) + len(more)
+        while core.can_send and core.unsent and core.unsent + size > HIGH_WATER:
+            core.want_room(max(0, HIGH_WATER - size))
             await self._writers.park()
-        self.write_nowait(data)
+        self.write_nowait(data, more)
 
-    def write_nowait(self, data: bytes | bytearray) -> None:
-        """Queue all of `data`, whatever is queued already; raises as `write` does."""
+    def write_nowait(self, data: bytes | bytearray, more: bytes = b"") -> None:
+        """Queue all of both, whatever is queued already; raises as `write` does."""
         core = self.core
         if not core.can_send:
             if core.state in FINAL and not core.complete:
                 raise MuxedStreamReset(f"stream {core.number}: {core.state.value}")
             raise MuxedStreamClosed(f"stream {core.number} is closed for writing")
         core.send(data if isinstance(data, bytes) else bytes(data))
+        if more:
+            core.send(more)
         if core.unsent >= _EAGER:
             self.muxed_conn.flush()
         else:

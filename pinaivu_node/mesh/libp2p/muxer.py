@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 Fault = Callable[[PeerId, str], None]
 
-_BATCH_BYTES: Final = 128 * 1024
-"""Sealed together and handed to the socket in one call: two full Noise messages."""
+_BATCH_BYTES: Final = 192 * 1024
+"""Sealed together and handed to the socket in one call: three full Noise messages and more."""
 _GOODBYE: Final = 0.5
 """Seconds for the last bytes to leave before the socket is closed."""
 _LINGER: Final = 5.0

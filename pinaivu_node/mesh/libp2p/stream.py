@@ -15,7 +15,7 @@ import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from pinaivu_node.mesh.counters import Counters
-from pinaivu_node.mesh.framing import END_FRAME, EndOfFrames, FrameDecoder, encode_frame
+from pinaivu_node.mesh.framing import END_FRAME, EndOfFrames, FrameDecoder, frame_head
 from pinaivu_node.mesh.libp2p.muxed_stream import MuxedStream
 from pinaivu_node.mesh.mesh import MeshError, StreamEnded, StreamLost
 from pinaivu_node.mesh.peers import PeerBook
@@ -24,6 +24,8 @@ from pinaivu_node.protocol.ids import PeerId
 
 _READ_BYTES: Final = 64 * 1024
 """Decoded at once, and so what a stream holds in frames that nobody has asked for yet."""
+_LONG_FRAME: Final = 4096
+"""A frame of this size is not copied to be sent behind its head."""
 
 
 class Libp2pFrameStream:
@@ -82,7 +84,10 @@ class Libp2pFrameStream:
     async def send(self, frame: bytes) -> None:
         """See `FrameStream.send`."""
         try:
-            await self._muxed.write(encode_frame(frame))
+            if len(frame) < _LONG_FRAME:
+                await self._muxed.write(frame_head(frame) + frame)
+            else:
+                await self._muxed.write(frame_head(frame), frame)
         except MuxedStreamError as exc:
             raise self._lost(exc) from exc
         self._counters.frames_sent += 1

@@ -87,20 +87,17 @@ class Stream:
         return self.state is State.OPEN or self.state is State.WE_ENDED
 
     def read(self, limit: int | None = None) -> bytes:
-        """What has arrived, at most `limit` bytes of it; empty when there is nothing.
+        """What has arrived, at most `limit` bytes of it, mostly less; empty when there is nothing.
 
         What is read is given back to the peer's window, now or with a later read.
         """
         incoming = self._incoming
         if not incoming:
             return b""
-        if self.offset:
-            data = self._read_within(limit)
-        elif limit is None or limit >= self.unread:
-            data = incoming[0] if len(incoming) == 1 else b"".join(incoming)
-            incoming.clear()
+        if len(incoming) == 1 and not self.offset and (limit is None or self.unread <= limit):
+            data = incoming.popleft()
         else:
-            data = self._read_within(limit)
+            data = self._read_within(self.unread if limit is None else limit)
         size = len(data)
         self.unread -= size
         if self.state is State.OPEN or self.state is State.WE_ENDED:
@@ -109,20 +106,24 @@ class Stream:
                 self._connection.say(pack(frames.WINDOW_UPDATE, 0, self.number, given))
         return data
 
-    def _read_within(self, limit: int | None) -> bytes:
+    def _read_within(self, limit: int) -> bytes:
+        """Whole pieces up to the limit, which is no reason to cut one but the first."""
         incoming = self._incoming
-        missing = self.unread if limit is None else min(limit, self.unread)
-        pieces = []
-        while missing:
+        pieces: list[bytes] = []
+        while incoming and limit:
             first = incoming[0]
-            piece = first[self.offset : self.offset + missing]
+            piece = first[self.offset : self.offset + limit] if self.offset else first
+            if len(piece) > limit:
+                if pieces:
+                    break
+                piece = first[:limit]
             pieces.append(piece)
-            missing -= len(piece)
+            limit -= len(piece)
             self.offset += len(piece)
             if self.offset == len(first):
                 incoming.popleft()
                 self.offset = 0
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def accept(self, piece: bytes) -> None:
         """The parser's: bytes within the window have arrived."""
@@ -132,8 +133,7 @@ class Stream:
             self._connection.tell(self._readable)
         self.unread += len(piece)
         if len(incoming) > _FEW_PIECES and self.unread < _SMALL_PIECE * len(incoming):
-            whole = self._read_within(None)
-            incoming.append(whole)
+            incoming.append(self._read_within(self.unread))
 
     # --- out --------------------------------------------------------------------------------------
 
