@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pinaivu_node.engine.batching.blocks import BlockPool
 from pinaivu_node.engine.model.attention import Look
@@ -17,7 +18,7 @@ from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache
 from pinaivu_node.engine.model.cuda_graphs import DecodeBuffers, DecodeGraphs, row_counts
 from pinaivu_node.engine.model.gpu_memory import Memory, pages_that_fit
-from pinaivu_node.engine.model.gpu_runner import largest_step
+from pinaivu_node.engine.model.gpu_runner import largest_step, looks_at_positions
 from pinaivu_node.engine.model.paged_attention import (
     Place,
     attention_for,
@@ -254,6 +255,21 @@ def test_only_steps_of_next_tokens_that_are_small_enough_are_replayed(tiny_model
     assert graphs.replay(step(5)) is None
     assert graphs.replay(Step([5, 6], [1], [(0, 2, 0, 0)], [[0]])) is None
     assert graphs.replay(replace(step(1), last=[])) is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "asks"),
+    [
+        ({"rope_type": "default", "rope_theta": 10000.0}, False),
+        ({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, True),
+    ],
+)
+def test_models_whose_rotation_depends_on_the_longest_of_a_step_are_not_recorded(rope, asks):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=64, rope_parameters=rope,
+    )  # fmt: skip
+    assert looks_at_positions(LlamaForCausalLM(config)) == asks
 
 
 # --- what a step is, in numbers -------------------------------------------------------------------

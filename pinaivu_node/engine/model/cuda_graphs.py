@@ -15,8 +15,9 @@ from typing import Any, Final
 import torch
 
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache, PlacedBatch
-from pinaivu_node.engine.model.paged_attention import Place, sent
+from pinaivu_node.engine.model.paged_attention import Place
 from pinaivu_node.engine.model.step import Step
+from pinaivu_node.engine.model.transfer import sent
 
 logger = logging.getLogger(__name__)
 

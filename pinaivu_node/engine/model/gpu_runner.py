@@ -60,6 +60,7 @@ def on_gpu(
     that share the model have.
     """
     device: torch.device = model.device
+    torch.cuda.set_device(device)  # where recordings are made
     attention = _attention(model, shape)
     page = FLASH_PAGE if attention is flash else _GATHERED_PAGE
     most = config.most_running(on_cpu=False)
@@ -72,7 +73,7 @@ def on_gpu(
     progress(0.7, "measuring the GPU's memory")
     step = largest_step(prompt=config.prefill_chunk, rows=most, window=window, page=page)
     memory = measured(lambda: _work(model, cache_of, step), device)
-    records = config.cuda_graphs and attention is flash
+    records = config.cuda_graphs and attention is flash and not looks_at_positions(model)
     if records:  # recordings have a work space of their own
         memory = replace(memory, work=2 * memory.work)
     pages = agree(
@@ -110,6 +111,18 @@ def largest_step(*, prompt: int, rows: int, window: int, page: int) -> Step:
         chunks=chunks,
         tables=[table + [0] * (width - len(table)) for table in tables],
     )
+
+
+def looks_at_positions(model: Any) -> bool:
+    """Whether the CPU waits for the largest position of a step, to choose a rotation by it.
+
+    That cannot be recorded.
+    """
+    types = [getattr(module, "rope_type", None) for module in model.modules()]
+    names = [
+        name for each in types for name in (each.values() if isinstance(each, dict) else [each])
+    ]
+    return any("dynamic" in str(name) or str(name) == "longrope" for name in names)
 
 
 def _attention(model: Any, shape: KvShape) -> Attention:

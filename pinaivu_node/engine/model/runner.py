@@ -10,8 +10,8 @@ import torch
 from pinaivu_node.engine.batching.scheduler import Chunk
 from pinaivu_node.engine.model.attention import Batch, KvCache
 from pinaivu_node.engine.model.cuda_graphs import DecodeGraphs
-from pinaivu_node.engine.model.paged_attention import sent
 from pinaivu_node.engine.model.step import Step, step_of
+from pinaivu_node.engine.model.transfer import sent
 
 
 class StepCache(KvCache, Protocol):

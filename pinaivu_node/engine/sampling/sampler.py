@@ -30,6 +30,7 @@ import torch
 
 from pinaivu_node.engine.kernels import draw as columns
 from pinaivu_node.engine.kernels import score as definition
+from pinaivu_node.engine.model.transfer import sent
 from pinaivu_node.engine.sampling import noise, tensor_draw
 from pinaivu_node.engine.types import SamplingParams
 
@@ -249,9 +250,9 @@ def _adjustments(logits: torch.Tensor, draws: Sequence[Draw]) -> tensor_draw.Adj
     ids = np.concatenate([state.adjusted_ids[: state.adjusted] for _, state in touched])
     values = [state.adjusted_values[:, : state.adjusted] for _, state in touched]
     return tensor_draw.Adjustments(
-        torch.from_numpy(rows).to(logits.device),
-        torch.from_numpy(ids + rows * logits.shape[1]).to(logits.device),
-        torch.from_numpy(np.concatenate(values, axis=1)).to(logits.device),
+        sent(torch.from_numpy(rows), logits.device),
+        sent(torch.from_numpy(ids + rows * logits.shape[1]), logits.device),
+        sent(torch.from_numpy(np.concatenate(values, axis=1)), logits.device),
     )
 
 
@@ -264,7 +265,7 @@ def _masks(logits: torch.Tensor, draws: Sequence[Draw]) -> tensor_draw.Masks | N
         given = allowed.flatten()[: len(to)]
         to[: len(given)] = given
     rows = torch.tensor([row for row, _ in masked])
-    return tensor_draw.Masks(rows.to(logits.device), words.to(logits.device))
+    return tensor_draw.Masks(sent(rows, logits.device), sent(words, logits.device))
 
 
 def _real_columns(params: SamplingParams) -> tuple[float, ...]:

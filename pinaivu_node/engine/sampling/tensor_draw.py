@@ -16,6 +16,7 @@ import torch
 
 from pinaivu_node.engine.kernels import draw as columns
 from pinaivu_node.engine.kernels import score as definition
+from pinaivu_node.engine.model.transfer import sent
 from pinaivu_node.engine.sampling import noise
 
 _MAGNITUDE: Final = int(definition.MAGNITUDE)
@@ -101,8 +102,8 @@ def draw(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """As `kernels.draw.draw`, but for the addresses in `whole`."""
     device = logits.device
-    whole_there = torch.from_numpy(whole).to(device)
-    reals = torch.from_numpy(real).to(device)
+    whole_there = sent(torch.from_numpy(whole), device)
+    reals = sent(torch.from_numpy(real), device)
     good = _is_good(logits)
     row = logits
     if adjustments is not None:
@@ -188,7 +189,7 @@ def _drawn(
     ranked = sampled & (whole[:, columns.TOP_K] > 0) & (whole[:, columns.TOP_K] < row.shape[1])
     nucleus = sampled & (real[:, columns.TOP_P] < 1)
     if (cut := np.flatnonzero(ranked | nucleus)).size:
-        rows = torch.from_numpy(cut).to(row.device)
+        rows = sent(torch.from_numpy(cut), row.device)
         limits = _Limits(
             torch.from_numpy(np.where(ranked, whole[:, columns.TOP_K], row.shape[1])[cut]),
             torch.from_numpy(np.where(nucleus, real[:, columns.TOP_P], math.inf)[cut]),
@@ -212,8 +213,8 @@ class _Limits(NamedTuple):
 def _kept(score: torch.Tensor, keys: torch.Tensor, limits: _Limits) -> torch.Tensor:
     """The tokens within the limits."""
     finite = keys < definition.INFINITE_KEY
-    top_k = limits.top_k.to(keys.device).unsqueeze(1)
-    top_p = limits.top_p.to(keys.device).unsqueeze(1)
+    top_k = sent(limits.top_k, keys.device).unsqueeze(1)
+    top_p = sent(limits.top_p, keys.device).unsqueeze(1)
     kept = _within(keys, finite.long(), torch.minimum(top_k, finite.sum(1, keepdim=True)))
     weights = torch.where(kept, weight(score), 0)
     total = weights.sum(1, keepdim=True)
