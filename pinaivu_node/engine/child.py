@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,8 +71,6 @@ def _read(source: int, queues: _Queues) -> None:
                 else:
                     queues.inbox.put(frame)
     except (OSError, FrameError):
-        import traceback
-
         traceback.print_exc()
     # Not sys.exit: the main thread may be deep in a kernel, and nobody is left to hear it.
     os._exit(0)
@@ -196,4 +195,12 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    # Not sys.exit: with a GPU that is lost, or with other processes in the midst of a sum with this
+    # one, the interpreter's own end can take for ever.
+    os._exit(status)
