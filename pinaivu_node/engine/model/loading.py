@@ -228,7 +228,11 @@ def device_of(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        # GPUs before Ampere only make believe that they know bfloat16.
+        knows = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if knows else torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

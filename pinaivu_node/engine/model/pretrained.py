@@ -39,7 +39,11 @@ def use_threads(config: EngineConfig, device: torch.device) -> None:
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """The number format of this name, on this device."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        # GPUs before Ampere only make believe that they know bfloat16.
+        knows = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if knows else torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -53,18 +57,26 @@ def read_tokenizer(folder: Path) -> Any:
     # What is wrong in a tokenizer.json, tokenizers says by a bare Exception.
     except Exception as exc:
         raise LoadError(
-            f"the tokenizer in {folder} cannot be read ({_first_line(exc)}): pull the model again"
+            f"the tokenizer in {folder} cannot be read ({first_line(exc)}): pull the model again"
         ) from exc
 
 
 def read_model(
-    auto_class: Any, folder: Path, *, dtype: torch.dtype, may_lack: tuple[str, ...] = ()
+    auto_class: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    may_lack: tuple[str, ...] = (),
+    shared: Any = None,
 ) -> Any:
     """The folder's model on the CPU, to be used and not trained; LoadError if it cannot be read.
 
     `auto_class` is one of transformers' AutoModel classes.  transformers fills weights that the
     files lack with random numbers and a warning; here that is an error, but for weights whose names
     begin with one of `may_lack`.
+
+    dtype     None: that of the files
+    shared    says which part of the model is this process's, and the part is put on its GPU
     """
     try:
         model, report = auto_class.from_pretrained(
@@ -72,13 +84,14 @@ def read_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,  # the older format is code
-            dtype=dtype,
+            dtype="auto" if dtype is None else dtype,
             output_loading_info=True,
+            **({} if shared is None else {"distributed_config": shared}),
         )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as exc:
-        raise LoadError(f"the model in {folder} cannot be read: {_first_line(exc)}") from exc
+        raise LoadError(f"the model in {folder} cannot be read: {first_line(exc)}") from exc
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
     if missing:
         raise LoadError(
@@ -89,5 +102,6 @@ def read_model(
     return model.eval()
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """What an error says, short enough for a sentence."""
     return (str(exc).strip() or type(exc).__name__).partition("\n")[0][:300]
