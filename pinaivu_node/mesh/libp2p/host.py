@@ -185,6 +185,20 @@ async def open_stream(host: Any, peer: PeerId, protocol: str) -> Any:
     return await host.new_stream(ID.from_string(peer), [TProtocol(protocol)])
 
 
+async def part_with(stream: Any, *, patience: float) -> None:
+    """Say FIN on a stream whose handler is done, and let the peer say it too, for a while.
+
+    A reset at once would overtake what the handler said last: js-libp2p forgets then what it has
+    not read yet.
+    """
+    try:
+        await stream.close()
+        with trio.move_on_after(patience):
+            await stream.muxed_stream.wait_closed()
+    except Exception:
+        logger.debug("a stream could not be closed", exc_info=True)
+
+
 async def dismiss(stream: Any) -> None:
     """Reset a stream that nobody serves any more; harmless on one that is closed."""
     with trio.CancelScope(shield=True):

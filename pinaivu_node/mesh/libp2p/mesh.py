@@ -252,6 +252,7 @@ class Libp2pMesh:
                 self.hang_up(peer, f"it opened more than {count - 1} streams at once")
             elif self._admits(peer):
                 await stock_handler(stream)
+                await libp2p_host.part_with(stream, patience=self._config.open_timeout)
         except Exception as exc:  # noqa: BLE001 - the guard; whatever a peer can cause
             if not libp2p_host.is_ordinary_end(exc):
                 self.hang_up(peer, f"a stream of it broke our handler: {exc!r}")

@@ -37,6 +37,7 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
         self._writers = trio.lowlevel.ParkingLot()
         self.when_closed: Callable[[], None] | None = None
         """Called once when neither side may send any more."""
+        self._waiting_for_end = trio.lowlevel.ParkingLot()
 
     @property
     def stream_id(self) -> int:
@@ -124,6 +125,12 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
         """Whether neither side may send any more."""
         return self.core.state in FINAL
 
+    async def wait_closed(self) -> None:
+        """Return when neither side may send any more."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self.is_closed:
+            await self._waiting_for_end.park()
+
     def set_deadline(self, ttl: int) -> bool:
         """Trio's cancel scopes do this better, and on this stream harm nothing."""
         raise NotImplementedError
@@ -149,6 +156,7 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
 
     def on_closed(self) -> None:
         """The stream is in a final state."""
+        self._waiting_for_end.unpark_all()
         if self.when_closed is not None:
             when_closed, self.when_closed = self.when_closed, None
             when_closed()
