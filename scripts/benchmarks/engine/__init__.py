@@ -1,0 +1,1 @@
+"""How fast the engine is: by itself, beside other engines, and within the network."""

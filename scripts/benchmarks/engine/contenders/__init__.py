@@ -1,0 +1,1 @@
+"""Engines that take turns on one core, each in a process of its own."""

@@ -1,0 +1,186 @@
+"""Our own step loop, without the process around it."""
+
+from __future__ import annotations
+
+import queue
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from scripts.benchmarks.engine.contenders import prose
+from scripts.benchmarks.engine.contenders.turns import (
+    Handler,
+    Stamps,
+    cpu_seconds,
+    prompts,
+    take_turns,
+)
+
+MAX_RUNNING: Final = 32
+LONG_TOKENS: Final = 4000
+
+
+class Loop:
+    """A model and its step loop; requests in, steps on demand."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from pinaivu_node.engine.batching.preparation import Preparation
+        from pinaivu_node.engine.batching.step_loop import StepLoop
+        from pinaivu_node.engine.config import EngineConfig
+        from pinaivu_node.engine.model.loading import load as load_model
+
+        config = EngineConfig(
+            model=Path(settings["model"]),
+            device="cpu",
+            dtype=settings["dtype"],
+            threads=1,
+            kv_cache_gb=1.5,
+            **settings.get("config", {}),
+        )
+        began, began_cpu = time.perf_counter(), time.process_time()
+        model = load_model(config, lambda _progress, _what: None)
+        self.load_seconds = time.perf_counter() - began
+        self.load_cpu_seconds = time.process_time() - began_cpu
+        self._preparation = Preparation(model, speculates=config.speculate != 0)
+        self._preparation.warm_up()
+        self._frames: list[Any] = []
+        self._loop = StepLoop(
+            model,
+            config,
+            max_running=MAX_RUNNING,
+            inbox=queue.SimpleQueue(),
+            preparing=set(),
+            say=self._frames.append,
+        )
+        for _ in range(2):
+            list(self._loop.answer(self._preparation.warm_up_answer()))
+        self._frames.clear()
+
+    def ask(self, name: str, prompt: Any, *, tokens: int, **more: Any) -> None:
+        """Put a greedy request into the loop; RuntimeError if it is refused."""
+        from pinaivu_node.engine.batching.preparation import Prepared
+        from pinaivu_node.engine.types import GenerationRequest, SamplingParams
+
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        request = GenerationRequest(name, prompt, sampling, **more)
+        prepared = self._preparation.prepare(request)
+        if not isinstance(prepared, Prepared):
+            raise RuntimeError(f"{name} is refused: {prepared.reason}")
+        self._loop.obey(prepared)
+
+    def cancel(self, name: str) -> None:
+        """End a request."""
+        from pinaivu_node.engine.frames import Cancel
+
+        self._loop.obey(Cancel(name))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return self._loop.busy
+
+    def step(self) -> dict[str, int]:
+        """Make a step: how many tokens each request got."""
+        from pinaivu_node.engine.types import StepFrame
+
+        self._frames.clear()
+        self._loop.step()
+        got: dict[str, int] = {}
+        for frame in self._frames:
+            if isinstance(frame, StepFrame):
+                for event in frame.events:
+                    got[event.request_id] = got.get(event.request_id, 0) + len(event.token_ids)
+        return got
+
+    def run(self, streams: int) -> dict[str, Any]:
+        """Step until all is answered: what was made from when all streamed till the first ended."""
+        stamps = Stamps()
+        all_stream = False
+        heard: set[str] = set()
+        while self.busy:
+            got = self.step()
+            heard |= set(got)
+            if all_stream and len(got) == streams:
+                stamps.stamp(sum(got.values()))
+            elif not all_stream and len(heard) == streams:
+                stamps.stamp(0)
+                all_stream = True
+        return stamps.since(0)
+
+
+def load(settings: dict[str, Any]) -> dict[str, Handler]:
+    """The model in its folder, and everything that is measured of it alone."""
+    import torch
+
+    torch.set_num_threads(1)
+    loop = Loop(settings)
+
+    def decode(*, batch: int, tokens: int, length: int, seed: int) -> dict[str, Any]:
+        for number, prompt in enumerate(prompts(batch, length=length, seed=seed)):
+            loop.ask(f"r{number}", tuple(prompt), tokens=tokens)
+        return loop.run(batch)
+
+    def loading() -> dict[str, Any]:
+        return {"wall_s": loop.load_seconds, "cpu_s": loop.load_cpu_seconds}
+
+    def first_token(*, shared: int, own: int, seed: int) -> dict[str, Any]:
+        """Cold, then warm: two prompts that begin alike."""
+        head, *tails = prompts(3, length=shared, seed=seed)
+        seconds = []
+        for number, tail in enumerate(tails):
+            began = cpu_seconds()
+            loop.ask(f"f{number}", (*head, *tail[:own]), tokens=1)
+            while loop.busy:
+                loop.step()
+            seconds.append(cpu_seconds() - began)
+        return {"cold_s": seconds[0], "warm_s": seconds[1]}
+
+    def joining(*, streams: int, idle_steps: int, seed: int) -> dict[str, Any]:
+        """Seconds between tokens of a stream, before and while a long prompt is computed."""
+        for number, prompt in enumerate(prompts(streams, length=64, seed=seed)):
+            loop.ask(f"s{number}", tuple(prompt), tokens=4000)
+        while len(loop.step()) < streams:
+            pass
+        idle = [_timed_step(loop)[0] for _ in range(idle_steps)]
+        (long,) = prompts(1, length=LONG_TOKENS, seed=seed + 1)
+        loop.ask("long", tuple(long), tokens=1)
+        joined: list[float] = []
+        while True:
+            seconds, got = _timed_step(loop)
+            joined.append(seconds)
+            if "long" in got:
+                break
+        for number in range(streams):
+            loop.cancel(f"s{number}")
+        return {"idle_s": idle, "joined_s": joined}
+
+    def constrained(*, batch: int, tokens: int, bound: int) -> dict[str, Any]:
+        """`bound` of the streams under a JSON schema."""
+        for number in range(batch):
+            more = {"constraint": prose.constraint()} if number < bound else {}
+            loop.ask(f"c{number}", prose.chat(prose.LISTS[number]), tokens=tokens, **more)
+        return loop.run(batch)
+
+    def talk(*, kind: str, batch: int, tokens: int) -> dict[str, Any]:
+        """Prose that is new, or that repeats what is in the prompt."""
+        for number in range(batch):
+            loop.ask(f"t{number}", prose.chat(prose.KINDS[kind][number]), tokens=tokens)
+        return loop.run(batch)
+
+    def bandwidth() -> dict[str, Any]:
+        from scripts.benchmarks.engine.contenders.bandwidth import read_bandwidth
+
+        return {"bytes_per_s": read_bandwidth()}
+
+    handlers = (decode, loading, first_token, joining, constrained, talk, bandwidth)
+    return {handler.__name__: handler for handler in handlers}
+
+
+def _timed_step(loop: Loop) -> tuple[float, dict[str, int]]:
+    began = cpu_seconds()
+    got = loop.step()
+    return cpu_seconds() - began, got
+
+
+if __name__ == "__main__":
+    take_turns(load)
