@@ -119,31 +119,46 @@ def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) 
     """Load the model and serve it; returns only if it cannot be loaded."""
     progress = _Heartbeat(say, queues.inbox)
     progress(0.0, "starting")
-    if not (config.model / "config.json").is_file():
-        say(LoadFailed(f"{config.model} holds no model (no config.json): pull it again"))
-        return
-    from pinaivu_node.engine.batching.preparation import Preparation
-    from pinaivu_node.engine.batching.step_loop import StepLoop
-    from pinaivu_node.engine.model.loading import LoadError, load
+    from pinaivu_node.engine.model.weights import LoadError, check_files, is_encoder
 
     try:
-        model = load(config, progress)
-        preparation = Preparation(model, speculates=config.speculate > 0)
-        preparation.warm_up()
-        max_running = config.most_running(on_cpu=model.device.type == "cpu")
-        loop = StepLoop(
-            model,
-            config,
-            max_running=max_running,
-            inbox=queues.inbox,
-            preparing=queues.preparing,
-            say=say,
-        )
-        progress(0.95, "warming up")
-        tokens_per_second, ttft_ms = _warmed(loop, preparation)
+        check_files(config.model)  # before torch is imported, which takes seconds
+        if is_encoder(config.model):
+            from pinaivu_node.engine.model import embedding_loop
+
+            embedding_loop.serve(config, progress, inbox=queues.inbox, work=queues.work, say=say)
+        else:
+            _serve_text(config, queues, say, progress=progress)
     except LoadError as exc:
         say(LoadFailed(str(exc)))
-        return
+
+
+def _serve_text(
+    config: EngineConfig,
+    queues: _Queues,
+    say: Callable[[Frame], None],
+    *,
+    progress: _Heartbeat,
+) -> None:
+    """Load a model that makes text and serve it; LoadError if it cannot be loaded."""
+    from pinaivu_node.engine.batching.preparation import Preparation
+    from pinaivu_node.engine.batching.step_loop import StepLoop
+    from pinaivu_node.engine.model.loading import load
+
+    model = load(config, progress)
+    preparation = Preparation(model, speculates=config.speculate != 0)
+    preparation.warm_up()
+    max_running = config.most_running(on_cpu=model.device.type == "cpu")
+    loop = StepLoop(
+        model,
+        config,
+        max_running=max_running,
+        inbox=queues.inbox,
+        preparing=queues.preparing,
+        say=say,
+    )
+    progress(0.95, "warming up")
+    tokens_per_second, ttft_ms = _warmed(loop, preparation)
     say(
         Ready(
             device=str(model.device),

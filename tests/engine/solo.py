@@ -52,7 +52,7 @@ class Solo:
         self.model: LoadedModel = load(self.config, lambda progress, what: None)
         if adapt is not None:
             self.model = adapt(self.model)
-        self.preparation = Preparation(self.model, speculates=self.config.speculate > 0)
+        self.preparation = Preparation(self.model, speculates=self.config.speculate != 0)
         self.inbox = queue.SimpleQueue()
         self.preparing: set[str] = set()
         self.frames = []

@@ -257,16 +257,15 @@ def varied_requests():
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def schedules(wide_model):
-    """An engine with so little memory that its requests push each other out."""
-    memory = 5 * 64 * 2 * 2 * 2 * 16 * 4 / 2**30
-    return Solo(wide_model, max_running=6, kv_cache_gb=memory, speculate=5)
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 200), ("bfloat16", 50)])
+def test_whatever_the_schedule_it_is_one_text(wide_model, dtype, count):
+    """Joins, leaves, cancels, preemptions, chunks and guesses of any size, resumes everywhere.
 
-
-def test_two_hundred_schedules_and_one_text(schedules):
-    """Joins, leaves, cancels, preemptions, chunks and guesses of any size, resumes everywhere."""
-    solo = schedules
+    In an engine with so little memory that its requests push each other out.
+    """
+    numbers = 5 * 64 * 2 * 2 * 2 * 16
+    memory = numbers * (4 if dtype == "float32" else 2) / 2**30
+    solo = Solo(wide_model, dtype=dtype, max_running=6, kv_cache_gb=memory, speculate=5)
     assert solo.model.pool.count == 5
     texts = {}
     for each in varied_requests():
@@ -275,12 +274,12 @@ def test_two_hundred_schedules_and_one_text(schedules):
         texts[each.id] = said
     assert len({tuple(said.token_ids) for said in texts.values()}) == len(texts)
     preemptions = 0
-    for seed in range(200):
+    for seed in range(count):
         rng = random.Random(seed)
         before = solo.loop._scheduler.preemptions
         one_schedule(solo, rng, seed, texts)
         preemptions += solo.loop._scheduler.preemptions - before
-    assert preemptions > 100
+    assert preemptions > count / 2
 
 
 def one_schedule(solo: Solo, rng: random.Random, seed: int, texts) -> None:

@@ -41,6 +41,8 @@ _MAX_FAILURES: Final = 3
 a device in a bad state, which only a new process cures."""
 
 
+_GUESS: Final = 8
+"""Tokens, unless the configuration says otherwise."""
 _GUESS_ROWS: Final = 16
 """Tokens of a decode step, guesses included: up to so many, reading the weights is what takes time
 on a CPU as on a GPU, and a guess costs little."""
@@ -87,7 +89,8 @@ class StepLoop:
         self._preparing = preparing
         self._say = say
         self._scheduler = Scheduler(model.pool, max_running=max_running)
-        self._speculate = config.speculate
+        on_cpu = model.device.type == "cpu"
+        self._speculate = _GUESS if config.speculate is None and on_cpu else config.speculate or 0
         self._pace = Pace(longest_chunk=config.prefill_chunk, stretch=config.stretch)
         self._jobs: dict[str, _Job] = {}
         self._answers: dict[Tokens, tuple[str, Answer]] = {}

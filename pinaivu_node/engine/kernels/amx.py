@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pinaivu_node.engine.kernels import vectors
-from pinaivu_node.engine.kernels.memory import KERNEL, uint8_at
+from pinaivu_node.engine.kernels.memory import KERNEL, uint8_at, variant
 from pinaivu_node.engine.kernels.vectors import BFLOAT16, BYTES, FLOAT32, I64
 
 LANES: Final = 16
@@ -160,6 +160,7 @@ def _row_of_tiles(multiply: str) -> Any:
     )  # fmt: skip
 
     @njit(**KERNEL)
+    @variant
     def up_to_16_rows(x, stride, weight, scratch):
         """Sums of one tile of rows by four panels."""
         panel = LANES * stride
@@ -197,6 +198,7 @@ def _pairs_of_tiles(multiply: str, *, asks_ahead: bool) -> Any:
     )  # fmt: skip
 
     @njit(**KERNEL)
+    @variant
     def up_to_32_rows(x, stride, weight, scratch):
         """Sums of two tiles of rows by two panels."""
         panel = LANES * stride
@@ -238,6 +240,7 @@ def group_of_panels(multiply: str, put: Any) -> Any:
     up_to_32_rows_again = _pairs_of_tiles(multiply, asks_ahead=False)
 
     @njit(**KERNEL)
+    @variant
     def group(x_at, rows, stride, weight, terms, scratch):
         config_at = scratch + 4 * _TILE_BYTES
         config = uint8_at(config_at)

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from pinaivu_node.engine.kernels.amx import GRAIN_BYTES, LANES, SCRATCH_FLOATS, group_of_panels
 from pinaivu_node.engine.kernels.integer import HIGH, split_rows_bfloat16, split_rows_float32
-from pinaivu_node.engine.kernels.memory import KERNEL, float32_at
+from pinaivu_node.engine.kernels.memory import KERNEL, float32_at, variant
 from pinaivu_node.engine.kernels.vectors import BFLOAT16, FLOAT32, I32, Format, everywhere
 
 GRAIN: Final = GRAIN_BYTES
@@ -62,6 +62,7 @@ def _linear(kind: Format, split_rows: Any) -> tuple[Any, Any]:
     put_vector = _put_vector(kind)
 
     @njit(**KERNEL)
+    @variant
     def put(sums, row, rows, panel, terms):
         row_scales_at, scale, bias, out, stride = terms
         row_scales = float32_at(row_scales_at)
@@ -78,6 +79,7 @@ def _linear(kind: Format, split_rows: Any) -> tuple[Any, Any]:
     group_of = group_of_panels("tdpbssd", put)
 
     @njit(**KERNEL)
+    @variant
     def one_group(x, weight_at, out_at, group, groups, scratch):
         split, row_scales, rows, padded = x
         weight, scale, bias = weight_at
@@ -92,6 +94,7 @@ def _linear(kind: Format, split_rows: Any) -> tuple[Any, Any]:
         group_of(split, 2 * rows, padded, weight + 4 * LANES * padded * group, terms, scratch)
 
     @njit(**KERNEL)
+    @variant
     def linear(x_at, rows, width, split_at, padded, weight_at, out_at, groups, scratch_at):
         """Out = x · weightᵀ · scale + bias.
 
@@ -108,6 +111,7 @@ def _linear(kind: Format, split_rows: Any) -> tuple[Any, Any]:
             one_group(x, weight_at, out_at, group, groups, scratch_at)
 
     @njit(parallel=True, **KERNEL)
+    @variant
     def linear_by_all(
         x_at, rows, width, split_at, padded, weight_at, out_at, groups, scratch_at, parts
     ):

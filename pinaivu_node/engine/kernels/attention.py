@@ -33,6 +33,7 @@ from pinaivu_node.engine.kernels.memory import (
     int64_at,
     load,
     store,
+    variant,
 )
 from pinaivu_node.engine.kernels.vectors import BFLOAT16, FLOAT32, I64, LANES, Format, at
 
@@ -197,6 +198,7 @@ def _for_each_size(make: Any) -> Any:
     one, two, three, four = (make(queries) for queries in range(1, TILE + 1))
 
     @njit(**KERNEL)
+    @variant
     def for_each_size(queries, *arguments):
         if queries == TILE:
             four(*arguments)
@@ -219,6 +221,7 @@ def _scores(kind: Format) -> Any:
         small = _score_tile(queries, _VECTORS // 2, kind)
 
         @njit(**KERNEL)
+        @variant
         def scores_of_page(query, width, keys_at, soon_at, scores_at, stride, count):
             """Scores of the first `count` keys of a page, and of some after them."""
             i = 0
@@ -246,6 +249,7 @@ def _values(kind: Format) -> Any:
         small = _value_tile(queries, 1, kind)
 
         @njit(**KERNEL)
+        @variant
         def values_of_page(weights, stride, count, values_at, soon_at, output_at, width):
             """Output += the first `count` values of a page by their weights."""
             j = 0
@@ -287,6 +291,7 @@ def _attend_tile(kind: Format) -> Any:
     bytes_each = kind.bytes
 
     @njit(**KERNEL)
+    @variant
     def attend_tile(tile, query, output, keys_at, values_at, table, place, looks, scratch_at):
         """Up to four queries of one KV head, from their first dot product to their output.
 
@@ -352,6 +357,7 @@ def _attend(kind: Format) -> Any:
     attend_tile, pointer = _attend_tile(kind), _POINTER[kind]
 
     @njit(**KERNEL)
+    @variant
     def attend(
         tensors, strides, cache, chunks_at, chunk_count, tables_at, shape, scratch_at, looks
     ):

@@ -21,6 +21,7 @@ from pinaivu_node.engine.kernels.memory import (
     float32_at,
     load,
     uint8_at,
+    variant,
 )
 
 HIGH: Final = 256
@@ -39,6 +40,7 @@ _TINY: Final = np.float32(1e-30)
 
 def _split_rows(pointer: Any, size: int) -> Any:
     @njit(**KERNEL)
+    @variant
     def split_rows(x_at, rows, width, padded, out_at, scales_at):
         """High and low of every number, and the scale of every row.
 

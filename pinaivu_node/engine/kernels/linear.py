@@ -17,18 +17,46 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from pinaivu_node.engine.kernels import vectors
-from pinaivu_node.engine.kernels.memory import KERNEL, bfloat16_at, float32_at, load
+from pinaivu_node.engine.kernels.memory import (
+    KERNEL,
+    bfloat16_at,
+    float32_at,
+    int8_at,
+    load,
+    variant,
+)
 from pinaivu_node.engine.kernels.vectors import BFLOAT16, FLOAT32, I64, LANES, Format, at
 
 _PANELS: Final = 3
 _ROWS: Final = 4 if vectors.HAS_FEW_REGISTERS else 8
 """Of the largest tile.  Its sums, 24, leave room in 32 registers; 12 do in 16."""
 _UNROLL: Final = 4
-_POINTER: Final = {FLOAT32: float32_at, BFLOAT16: bfloat16_at}
+
+
+class _Int8(Format):
+    """Weights alone come in it."""
+
+    def __init__(self) -> None:
+        super().__init__(short=False)
+        self.element = types.int8
+        self.bytes = 1
+
+    def load(self, builder: Any, pointer: Any, *, align: int) -> Any:
+        eighths = ir.VectorType(ir.IntType(8), LANES)
+        raw = builder.load(builder.bitcast(pointer, eighths.as_pointer()))
+        raw.align = align
+        return builder.sitofp(raw, self.vector)
+
+
+_INT8: Final = _Int8()
+_POINTER: Final = {FLOAT32: float32_at, BFLOAT16: bfloat16_at, _INT8: int8_at}
+_OUTPUTS: Final = {FLOAT32: FLOAT32, BFLOAT16: BFLOAT16, _INT8: FLOAT32}
+"""The format of the outputs, by that of the weights."""
 _AHEAD: Final = 512 // LANES
 """Inputs of a panel, two kilobytes: as long as memory takes to answer."""
 
@@ -57,7 +85,7 @@ class _TileCode:
         for row in range(self.rows):
             for p in range(self.panels):
                 to = b.add(b.mul(self.stride, I64(row)), I64(p * LANES))
-                self.format.store(b, sums[row * self.panels + p], at(b, self.out, to))
+                _OUTPUTS[self.format].store(b, sums[row * self.panels + p], at(b, self.out, to))
 
     def some_inputs(self, i, sums):
         for n in range(_UNROLL):
@@ -87,7 +115,8 @@ def _tile(rows: int, panels: int, weights: Format) -> Any:
     @intrinsic
     def tile(context, x, width, weight, bias, out, stride):
         floats, elements = types.CPointer(types.float32), types.CPointer(weights.element)
-        signature = types.void(floats, types.int64, elements, floats, elements, types.int64)
+        outputs = types.CPointer(_OUTPUTS[weights].element)
+        signature = types.void(floats, types.int64, elements, floats, outputs, types.int64)
 
         def generate(context, builder, signature, arguments):
             _TileCode(builder, rows, panels, weights, arguments).emit()
@@ -100,16 +129,21 @@ def _tile(rows: int, panels: int, weights: Format) -> Any:
 
 def _strip(panels: int, weights: Format) -> Any:
     """strip(x, rows, width, weight, bias, out, stride): all rows by so many panels."""
-    pointer, size = _POINTER[weights], weights.bytes
+    pointer, out_pointer, size = (
+        _POINTER[weights],
+        _POINTER[_OUTPUTS[weights]],
+        _OUTPUTS[weights].bytes,
+    )
     one, two, three, four = (_tile(n, panels, weights) for n in (1, 2, 3, 4))
     five, six, seven = (_tile(min(n, _ROWS), panels, weights) for n in (5, 6, 7))
     full = _tile(_ROWS, panels, weights)
 
     @njit(**KERNEL)
+    @variant
     def strip(x_at, rows, width, weight_at, bias_at, out_at, stride):
         weight, bias = pointer(weight_at), float32_at(bias_at)
         for row in range(0, rows, _ROWS):
-            x, out = float32_at(x_at + 4 * row * width), pointer(out_at + size * row * stride)
+            x, out = float32_at(x_at + 4 * row * width), out_pointer(out_at + size * row * stride)
             left = rows - row
             if left >= _ROWS:
                 full(x, width, weight, bias, out, stride)
@@ -132,15 +166,16 @@ def _strip(panels: int, weights: Format) -> Any:
 
 
 def _product(weights: Format) -> Any:
-    size = weights.bytes
+    size, out_size = weights.bytes, _OUTPUTS[weights].bytes
     wide, single = _strip(_PANELS, weights), _strip(1, weights)
 
     @njit(**KERNEL)
+    @variant
     def product(x_at, rows, width, weight_at, bias_at, out_at, begin, end, stride):
         panel = begin
         while panel < end:
             weight = weight_at + size * panel * width * LANES
-            bias, out = bias_at + 4 * panel * LANES, out_at + size * panel * LANES
+            bias, out = bias_at + 4 * panel * LANES, out_at + out_size * panel * LANES
             if end - panel >= _PANELS:
                 wide(x_at, rows, width, weight, bias, out, stride)
                 panel += _PANELS
@@ -153,6 +188,7 @@ def _product(weights: Format) -> Any:
 
 _product_float32: Final = _product(FLOAT32)
 _product_bfloat16: Final = _product(BFLOAT16)
+_product_int8: Final = _product(_INT8)
 
 
 @njit(**KERNEL)
@@ -186,3 +222,10 @@ def linear_bfloat16(x_at, rows, width, weight_at, bias_at, out_at, panels, scrat
         scratch[i] = load(x, i)
     stride = panels * LANES
     _product_bfloat16(scratch_at, rows, width, weight_at, bias_at, out_at, 0, panels, stride)
+
+
+@njit(**KERNEL)
+def linear_int8(x_at, rows, width, weight_at, bias_at, out_at, panels):
+    """As `linear_float32`, with weights in int8; what they count is for the caller to multiply."""
+    stride = panels * LANES
+    _product_int8(x_at, rows, width, weight_at, bias_at, out_at, 0, panels, stride)

@@ -11,6 +11,8 @@ operation; nothing lets LLVM reorder sums, so a result does not depend on how a 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +42,22 @@ KERNEL: Final[dict[str, Any]] = {
 """How every kernel is compiled; cached on disk, so that only the first start on a machine waits."""
 
 
+_variants: Final[Counter[str]] = Counter()
+
+
+def variant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give one of several functions of the same `def` a name of its own; goes under `njit`.
+
+    Numba calls machine code by the function's name and the types of its arguments.  Where these are
+    the same, as in closures over addresses, code that two processes compiled and cached would go by
+    one name in a third that loads both, and one of the two would run for the other.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    function.__qualname__ += f"_{_variants[name]}"
+    _variants[name] += 1
+    return function
+
+
 def _pointer_to(element: Any) -> Any:
     @intrinsic
     def pointer(context, address):
@@ -58,6 +76,7 @@ bfloat16_at: Final = _pointer_to(types.uint16)
 """LLVM's own bfloat16 is no numba type: its bits are moved as integers."""
 int64_at: Final = _pointer_to(types.int64)
 uint8_at: Final = _pointer_to(types.uint8)
+int8_at: Final = _pointer_to(types.int8)
 
 
 def load(pointer, index):  # pragma: no cover - compiled
