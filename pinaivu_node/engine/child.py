@@ -212,7 +212,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         status = main()
-    except BaseException:
+    except Exception:  # noqa: BLE001 - the edge of the process
         traceback.print_exc()
         status = 1
     sys.stderr.flush()
