@@ -67,16 +67,6 @@ class Pooling(Enum):
     MAX = "max"
 
 
-def is_encoder(folder: Path) -> bool:
-    """Whether the model in this folder makes vectors, and no text."""
-    if (folder / "modules.json").is_file():
-        return True
-    architectures = read_json(folder / "config.json").get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    name = str(names[0]) if names else ""
-    return name.endswith(("Model", "ForMaskedLM")) and not name.endswith("HeadModel")
-
-
 class EncoderModel:
     """An encoder, ready to embed.  Not for two threads at once, but for `tokenised`."""
 

@@ -88,7 +88,7 @@ def serve(
     progress: Progress,
     *,
     inbox: queue.SimpleQueue[Any],
-    work: queue.SimpleQueue[Frame],
+    work: queue.SimpleQueue[Generate | Embed],
     say: Callable[[Frame], None],
 ) -> NoReturn:
     """Load an encoder and serve it; LoadError if it cannot be loaded.
@@ -124,7 +124,7 @@ def _warmed(encoder: EncoderModel) -> float:
 
 
 def _prepare(
-    encoder: EncoderModel, work: queue.SimpleQueue[Frame], inbox: queue.SimpleQueue[Any]
+    encoder: EncoderModel, work: queue.SimpleQueue[Generate | Embed], inbox: queue.SimpleQueue[Any]
 ) -> None:
     while True:
         match work.get():
@@ -133,8 +133,6 @@ def _prepare(
             case Generate(request=generation):
                 reason = "This model makes embeddings; it generates no text."
                 inbox.put(Refused(generation.id, reason))
-            case frame:
-                raise FrameError(f"{type(frame).__name__} needs no preparation")
 
 
 class EmbeddingLoop:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pinaivu_node.engine.batching.blocks import BlockPool
 from pinaivu_node.engine.batching.scheduler import Chunk
@@ -20,6 +19,15 @@ from pinaivu_node.engine.model import attention
 from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.fused import fuse
 from pinaivu_node.engine.model.gpu_runner import on_gpu
+from pinaivu_node.engine.model.pretrained import (
+    Progress,
+    device_of,
+    dtype_of,
+    first_line,
+    read_model,
+    read_tokenizer,
+    use_threads,
+)
 from pinaivu_node.engine.model.runner import Runner, StepRunner
 from pinaivu_node.engine.model.tensor_parallel import (
     Followers,
@@ -27,13 +35,11 @@ from pinaivu_node.engine.model.tensor_parallel import (
     Rank,
     check_devices,
 )
-from pinaivu_node.engine.model.weights import LoadError
+from pinaivu_node.engine.model.weights import LoadError, check_folder
 
 __all__ = ["LoadError", "LoadedModel", "load", "load_part"]
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[float, str], None]
 
 _PROBE_TOKENS: Final = 80
 """Enough for more than one block, and for the second step to attend to a finished one."""
@@ -73,14 +79,12 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 
 def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = None) -> LoadedModel:
     """As `load`, but of a model that is shared only the part of this process."""
+    check_folder(config.model)
     device = device_of(config.device)
-    if device.type == "cpu":
-        # One core is left for the event loops around: a step loop whose threads wait for a core
-        # that is taken waits at every one of its hundreds of barriers.
-        torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
+    use_threads(config, device)
     try:
         progress(0.0, "reading the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        tokenizer = read_tokenizer(config.model)
         progress(0.2, "reading weights")
         if rank is not None:
             rank.join(device)
@@ -89,20 +93,18 @@ def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = N
         return _prepared(model, tokenizer, config=config, rank=rank, progress=progress)
     except torch.OutOfMemoryError as exc:
         raise LoadError(f"{config.model.name} does not fit in the memory of {device}") from exc
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as exc:
-        raise LoadError(f"cannot load {config.model}: {exc}") from exc
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as exc:
+        raise LoadError(f"the model in {config.model} cannot be run: {first_line(exc)}") from exc
 
 
 def _read(config: EngineConfig, device: torch.device, rank: Rank | None) -> Any:
-    shared = {} if rank is None else {"distributed_config": rank.plan()}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = read_model(
+        AutoModelForCausalLM,
         config.model,
-        local_files_only=True,
-        use_safetensors=True,  # the older format is code
-        dtype=_dtype(config.dtype, device),
-        **shared,
+        dtype=dtype_of(config.dtype, device),
+        shared=None if rank is None else rank.plan(),
     )
-    return (model.to(device) if rank is None else model).eval()
+    return model.to(device) if rank is None else model
 
 
 def _prepared(
@@ -211,30 +213,6 @@ def _pages(config: EngineConfig, shape: KvShape, *, window: int) -> int:
         size = int(_CPU_KV_SHARE * memory)
     least = min(_WHOLE_WINDOW_BYTES, -(-window // CpuKvCache.page) * page)
     return max(size, least) // page
-
-
-def device_of(name: str) -> torch.device:
-    """The device of this name; LoadError if it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise LoadError(f"no CUDA device here, {name} was asked for: use --device cpu")
-        index = torch.device(name).index or 0
-        if index >= torch.cuda.device_count():
-            raise LoadError(f"{name} does not exist: {torch.cuda.device_count()} CUDA device(s)")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        # GPUs before Ampere only make believe that they know bfloat16.
-        knows = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if knows else torch.float16
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

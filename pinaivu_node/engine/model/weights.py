@@ -12,7 +12,7 @@ its own for the architecture, that is used; where it has none, the folder is ref
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,8 @@ _BITS: Final = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+_COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Each layer has a tensor at least."""
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS: Final = (
     ("tokenizer.json",),
@@ -48,24 +50,49 @@ class LoadError(Exception):
 
 
 def check_folder(folder: Path) -> None:
-    """LoadError, naming the file and what to do, unless this is a whole and harmless model."""
+    """LoadError, naming the file and what to do, unless this is a whole model that is known here.
+
+    Imports transformers, which takes seconds; `check_files` goes before that.
+    """
+    check_architecture(folder, check_files(folder))
+
+
+def check_files(folder: Path) -> dict[str, Any]:
+    """The folder's config; LoadError unless this is a whole and harmless model.
+
+    Takes milliseconds.
+    """
     if not folder.is_dir():
         raise LoadError(f"there is no folder {folder}: {_PULL}")
     if not (folder / "config.json").is_file():
         raise LoadError(f"{folder} holds no model (no config.json): {_PULL}")
-    config = read_json(folder / "config.json")
+    config: dict[str, Any] = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise LoadError(f"{folder / 'config.json'} names no model_type: {_PULL}")
-    check_architecture(folder, model_type, config)
-    check_weights(folder)
+    shapes = check_weights(folder)
+    _check_sizes(folder / "config.json", config, shapes)
     _check_tokenizer(folder)
+    return config
 
 
-def check_architecture(folder: Path, model_type: str, config: dict[str, Any]) -> None:
+def is_encoder(folder: Path) -> bool:
+    """Whether the model in this folder makes vectors, and no text; LoadError if it cannot be read.
+
+    Folders for sentence-transformers say so; others have no head that makes text.
+    """
+    if (folder / "modules.json").is_file():
+        return True
+    architectures = read_json(folder / "config.json").get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return name.endswith(("Model", "ForMaskedLM")) and not name.endswith("HeadModel")
+
+
+def check_architecture(folder: Path, config: dict[str, Any]) -> None:
     """LoadError if transformers has no class of its own for this type of model."""
     from transformers import CONFIG_MAPPING, __version__
 
+    model_type = config["model_type"]
     if model_type in CONFIG_MAPPING:
         return
     if _brings_code(config):
@@ -83,15 +110,37 @@ def _brings_code(said: dict[str, Any]) -> bool:
     return bool(said.get("auto_map"))
 
 
-def check_weights(folder: Path) -> None:
-    """LoadError unless all weights are there as safetensors, each file as long as it says."""
+def check_weights(folder: Path) -> dict[str, Any]:
+    """The tensors, as the headers describe them.
+
+    LoadError unless all are there as safetensors, each file as long as it says.
+    """
     index = folder / _INDEX
     if (folder / _SINGLE).is_file():
-        check_safetensors(folder / _SINGLE)
-    elif index.is_file():
-        _check_shards(index)
-    else:
-        raise LoadError(_no_weights(folder))
+        return check_safetensors(folder / _SINGLE)
+    if index.is_file():
+        return _check_shards(index)
+    raise LoadError(_no_weights(folder))
+
+
+def _check_sizes(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """LoadError if a config speaks of more than its weights can be: building that takes forever."""
+    values = sum(prod(each["shape"]) for each in tensors.values())
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for name, most in (*((name, len(tensors)) for name in _COUNTS), *_sizes(part, values)):
+            said = part.get(name)
+            if type(said) is int and said > most:
+                raise LoadError(
+                    f"{path} says {name} {said:,}, which the weights beside it are too few for: "
+                    f"{_PULL}"
+                )
+
+
+def _sizes(part: dict[str, Any], values: int) -> Iterator[tuple[str, int]]:
+    for name in part:
+        if name.endswith("_size") or name.startswith("num_"):
+            yield name, values
 
 
 def _no_weights(folder: Path) -> str:
@@ -114,7 +163,7 @@ def _first(folder: Path, patterns: Iterable[str]) -> Path | None:
     return next((path for path in names if path.name != "training_args.bin"), None)
 
 
-def _check_shards(index: Path) -> None:
+def _check_shards(index: Path) -> dict[str, Any]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise LoadError(f"{index} says nothing of where weights are: {_PULL}")
@@ -124,13 +173,17 @@ def _check_shards(index: Path) -> None:
         if not isinstance(name, str) or Path(name).name != name:
             raise LoadError(f"{index} points out of its folder ({name!r}): it is no sound model")
         expected.setdefault(name, set()).add(tensor)
+    found: dict[str, Any] = {}
     for name, tensors in sorted(expected.items()):
         path = index.parent / name
         if not path.is_file():
             raise LoadError(f"{path} is missing: {_PULL}")
-        missing = tensors - check_safetensors(path).keys()
+        tensors_of_file = check_safetensors(path)
+        missing = tensors - tensors_of_file.keys()
         if missing:
             raise LoadError(f"{path} lacks {min(missing)}, which {index.name} promises: {_PULL}")
+        found |= tensors_of_file
+    return found
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:
