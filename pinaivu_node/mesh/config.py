@@ -17,7 +17,7 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     neighbours: gossipsub prunes a star down to its degree and then loses most messages."""
 
     max_connections: PositiveInt = 1024
-    """All connections together; each costs about 70 KiB and a file descriptor."""
+    """All connections together; each costs about 40 KiB and a file descriptor."""
     max_half_open: PositiveInt = 128
     """Handshakes under way; the oldest is dropped for the newest, so that a flood of silent
     connections delays an honest peer, which needs 10 ms, but does not keep it out."""
@@ -25,7 +25,8 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     """Inbound streams of one peer at once.  An honest peer keeps one per protocol; tests and
     bursts stay under a hundred.  One more costs the peer its connections."""
     max_held_per_peer: PositiveInt = 32 << 20
-    """Bytes of one peer that we hold for slow readers, half frames included."""
+    """Bytes of one peer that we hold for slow readers: what its windows may grow to together, and
+    again as much for half frames."""
     max_gossip_per_second: PositiveInt = 1000
     """Gossip messages forwarded by one peer; more are dropped unread.  A hub that auctions 100
     jobs a second to 10 models stays well under it."""

@@ -131,7 +131,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._pulse.watch(self)
+                self._pulse.watch(self, first=self.is_initiator)
                 self.event_started.set()
                 self.flush()
                 try:

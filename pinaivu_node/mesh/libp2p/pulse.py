@@ -1,7 +1,8 @@
 """Noticing that a peer is silent: one task for all connections.
 
-A connection on which anything was heard lately needs no ping.  So of two ends only one pings, the
-one whose patience is shorter; to the other the ping is a sign of life.
+A connection on which anything was heard lately needs no ping.  So of two ends only one pings: the
+one that dialled, since its patience is shorter.  To the other, which may have a thousand peers, the
+ping is a sign of life.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class Pulse:
         self._patience: dict[Patient, float] = {}
         self._numbers = itertools.count()
 
-    def watch(self, patient: Patient) -> None:
-        """Ping this one when it is silent, and give it up when it stays so."""
-        spread = next(self._numbers) * _GOLDEN % 1.0
-        self._patience[patient] = self._interval * (0.5 + 0.5 * spread)
+    def watch(self, patient: Patient, *, first: bool) -> None:
+        """Ping this one when it is silent, and give it up when it stays so.
+
+        `first` says that we are the ones to ping; else we do so only if the peer does not.
+        """
+        spread = 0.25 * (next(self._numbers) * _GOLDEN % 1.0)
+        self._patience[patient] = self._interval * ((0.75 if first else 1.25) + spread)
 
     def unwatch(self, patient: Patient) -> None:
         """The opposite of `watch`; harmless when repeated."""
