@@ -18,6 +18,7 @@ from torch import nn
 from pinaivu_node.engine import kernels
 from pinaivu_node.engine.model.attention import Batch, Look
 from pinaivu_node.engine.model.linear import PackedLinear
+from pinaivu_node.engine.model.quantised import Int8Linear
 
 _PLAIN_ATTENTION: Final = frozenset(
     f"{family}Attention"
@@ -106,9 +107,8 @@ class FusedAttention(nn.Module):
         self.look = Look(float(attention.scaling), window or 0, cap or 0.0)
         self.turns = bool(getattr(attention, "use_rope", True))
         self._norms = (_head_norm(attention, "q_norm"), _head_norm(attention, "k_norm"))
-        weight_dtype = attention.o_proj.weight.dtype
-        self._rotate = kernels.of(weight_dtype).rotate
-        self._norm = kernels.of(weight_dtype).head_norm
+        self._rotate = kernels.of(self.output.dtype).rotate
+        self._norm = kernels.of(self.output.dtype).head_norm
 
     def forward(
         self,
@@ -187,7 +187,7 @@ def fuse(model: nn.Module) -> None:
     # What was inside the replaced modules is gone; the rest are single linear layers.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear or isinstance(child, Int8Linear):
                 setattr(parent, name, PackedLinear([child]))
 
 
@@ -220,8 +220,8 @@ def _fused_mlp(mlp: Any) -> FusedMLP | None:
         both = PackedLinear([mlp.gate_proj, mlp.up_proj])
     else:
         return None
-    dtype = mlp.down_proj.weight.dtype
-    return FusedMLP(both, PackedLinear([mlp.down_proj]), kernel=getattr(kernels.of(dtype), kernel))
+    down = PackedLinear([mlp.down_proj])
+    return FusedMLP(both, down, kernel=getattr(kernels.of(down.dtype), kernel))
 
 
 def _head_norm(attention: Any, name: str) -> tuple[torch.Tensor, float, float] | None:
