@@ -34,7 +34,7 @@ from pinaivu_node.interpreter import tune_for_latency
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
 from pinaivu_node.mesh.mesh import Mesh
-from pinaivu_node.models.catalogue import CATALOGUE
+from pinaivu_node.models.catalogue import CATALOGUE, ModelKind
 from pinaivu_node.models.pull import pull_missing
 from pinaivu_node.models.store import InstalledModel, ModelStore
 from pinaivu_node.protocol.ids import (
@@ -211,7 +211,7 @@ def _served(model: InstalledModel, engine: Engine, settings: ProviderSettings) -
         model=model.name,
         digest=model.digest,
         prices=_prices(settings),
-        kinds=_kinds(chat=model.chat),
+        kinds=_kinds(chat=model.chat, kind=model.kind),
         licence=model.licence.name,
         owner=model.owner,
     )
@@ -245,7 +245,9 @@ async def _open_server(stack: AsyncExitStack, settings: ProviderSettings, name: 
         model=_model_name(name),
         digest=pinned or digest_of(b"pinaivu/unpinned-model/1\0" + name.encode()),
         prices=_prices(settings),
-        kinds=_kinds(chat=entry.chat if entry else True),
+        kinds=_kinds(
+            chat=entry.chat if entry else True, kind=entry.kind if entry else ModelKind.TEXT
+        ),
         licence=entry.licence.name if entry else "",
         owner=entry.owner if entry else "",
     )
@@ -257,7 +259,9 @@ def _model_name(name: str) -> ModelName:
     return ModelName(name)
 
 
-def _kinds(*, chat: bool) -> tuple[JobKind, ...]:
+def _kinds(*, chat: bool, kind: ModelKind) -> tuple[JobKind, ...]:
+    if kind is ModelKind.EMBEDDING:
+        return (JobKind.EMBEDDING,)
     return (JobKind.CHAT, JobKind.COMPLETION) if chat else (JobKind.COMPLETION,)
 
 

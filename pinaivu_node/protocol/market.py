@@ -62,6 +62,8 @@ class JobKind(StrEnum):
 
     CHAT = "chat"
     COMPLETION = "completion"
+    EMBEDDING = "embedding"
+    """Announced by who serves an encoder, which does nothing else."""
 
 
 class Preference(StrEnum):
