@@ -139,7 +139,8 @@ def compounds(inner):
         st.tuples(inner, inner).map("".join),
         st.tuples(inner, inner).map(lambda two: f"({two[0]}|{two[1]})"),
         st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{0,3}", "{1,}"])).map(
-            lambda two: f"({two[0]}){two[1]}"
+            # A quantifier of a quantified part would keep the reader busy, which backtracks.
+            lambda two: f"({two[0]})" + ("" if set(two[0]) & set("*+?{") else two[1])
         ),
     )
 
@@ -187,7 +188,7 @@ BOMBS = {
     "itself": (schema({"$ref": "#"}), "no text matches"),
     "each other": (schema(doubled("allOf") | {"$defs": {"d39": {"$ref": "#"}}}), "no text matches"),
     "elsewhere": (schema({"$ref": "https://example.com/schema"}), "example.com"),
-    "all patterns": (schema({"allOf": PATTERNS}), "regex"),
+    "all patterns": (schema({"allOf": PATTERNS}), "patterns"),
     "pattern": (schema({"type": "string", "pattern": "a?" * 9000}), "pattern"),
     "patterns of names": (
         schema({"patternProperties": {f"^(a|.*c)*{at}$": {} for at in range(99)}}),
@@ -198,9 +199,8 @@ BOMBS = {
     "length": (schema({"type": "string", "maxLength": 10**30}), "maxLength"),
     "characters": (schema({"enum": ["x" * 1000] * 400}), "characters"),
     "regex": (regex("a?" * 30_000 + "a" * 30_000), "characters"),
-    "short regex": (regex("a?" * 2700 + "a" * 2700), ""),
     "parentheses": (regex("(" * 4000 + ")" * 4000), "regex"),
-    "choices": (choice(*each(100_000, str)[:40_000]), "choices"),
+    "choices": (choice(*each(30_000, str)), "choices"),
     "long choice": (choice("x" * 100_000), "characters"),
     "words": (lark("start: " + " | ".join(each(4000, '"{}"'.format))), "characters"),
     "doubling": (lark("start: T0\n" + "".join(each(60, lambda at: f"T{at}: T{at + 1} T{at + 1}\n"))
@@ -216,7 +216,7 @@ def test_a_bomb_is_refused_within_a_second(walker, name):
     bomb, reason = BOMBS[name]
     walker.compiler.warm_up()
     began = time.monotonic()
-    with pytest.raises(PromptRefused, match="The constraint cannot be used: .") as refused:
+    with pytest.raises(PromptRefused, match="The constraint cannot be used") as refused:
         walker.compiler.compile(bomb)
     assert time.monotonic() - began < 1
     assert reason in str(refused.value)
@@ -229,6 +229,7 @@ WEIGHTS = {
     "lengths": schema({"type": "string", "minLength": 10**9, "maxLength": 2 * 10**9}),
     "counts": schema({"type": "string", "pattern": HUGE}),
     "nested counts": regex(HUGE),
+    "maybes": regex("a?" * 2700 + "a" * 2700),
     "nested pluses": regex("((a+)+)+b"),
     "states": regex("(.|\n)*a(.|\n){200}"),
     "many": schema(properties(4999, required=each(4999, "p{}".format))),
@@ -322,7 +323,7 @@ TEXT_SPACE = {"type": "string", "maxLength": 3}
 
 
 def test_a_refusal_is_remembered(walker, monkeypatch):
-    bomb = regex("a?" * 2000 + "b" * 2000)
+    bomb = regex("a(b(c")
     for _ in range(2):
         with pytest.raises(PromptRefused, match="cannot be used"):
             walker.compiler.compile(bomb)
@@ -410,7 +411,7 @@ def test_marks_in_a_constraint_are_text(solo):
 
 
 FAILING = {
-    "a mask": lark('start: e\ne: e e e | e e | "a"'),
+    "a mask": lark('start: e\ne: e e e | e e | "a" | "b" | ""'),
     "a token": WEIGHTS["doubling"],
     "from the start": WEIGHTS["no end"],
 }
@@ -420,19 +421,20 @@ FAILING = {
 def test_a_grammar_that_fails_ends_its_answer_alone(solo, name):
     mates = [wild(id="json", constraint=PERSON), wild(id="free", max_tokens=60)]
     alone = [solo.run(mate)[0] for mate in mates]
-    failing = wild(id="failing", constraint=FAILING[name])
+    eos = solo.model.tokenizer.eos_token_id
+    failing = wild(id="failing", constraint=FAILING[name], logit_bias={eos: -100.0}, max_tokens=250)
     together = solo.run(failing, *mates)
     failed = together[0]
     assert failed.finish is FinishReason.ERROR
-    assert "cannot be followed" in failed.last.error
+    assert failed.last.error.startswith("The constraint ")
     for one, other in zip(alone, together[1:], strict=True):
         assert (one.token_ids, one.text, one.finish) == (other.token_ids, other.text, other.finish)
     assert solo.model.pool.statistics(now=0.0).in_use == 0
 
 
 def test_masks_that_take_too_long_end_their_answer_alone(solo, monkeypatch):
-    monkeypatch.setattr(constraints, "_PER_TOKEN_S", -0.02)
-    mate, slow = wild(id="mate", max_tokens=60), wild(id="slow", constraint=AN_OBJECT)
+    monkeypatch.setattr(constraints, "_PER_TOKEN_S", -0.1)
+    mate, slow = wild(id="mate", max_tokens=60), wild(id="slow", constraint=PERSON)
     said, slow_said = solo.run(mate, slow)
     assert slow_said.finish is FinishReason.ERROR
     assert slow_said.last.error == "The constraint takes too long to follow."

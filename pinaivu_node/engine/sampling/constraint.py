@@ -14,7 +14,10 @@ with one answer's grammar is that answer's error: its batch goes on.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -22,9 +25,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import llguidance.hf
 import torch
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pinaivu_node.engine.sampling import schema
 from pinaivu_node.engine.types import Constraint, ConstraintKind, PromptRefused
@@ -61,10 +63,14 @@ _LARK_LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 """A stranger's grammar says in few characters what would be a long regular expression."""
+_COMPILE_S: Final = 0.9
+"""Twice as long as anything takes that is let through, as far as is known.  What takes longer goes
+on in vain, and nothing else is compiled meanwhile, so that it burns one core at most."""
 _FIRST_S: Final = 0.3
 _PER_TOKEN_S: Final = 0.003
 """Time that an answer's masks may take: so much at once, for automata are made as they are needed,
 and so much per token.  Schemas in use take a tenth of that with a vocabulary of 262,144."""
+_MARKS: Final = re.compile(r"[^A-Za-z0-9]")
 _REASON_CHARACTERS: Final = 300
 
 
@@ -133,14 +139,17 @@ class ConstraintCompiler:
         self._tokenizer: Any = None
         self._mask = torch.zeros(-(-vocabulary // 32), dtype=torch.int32)
         self._compiled: OrderedDict[tuple[Constraint, bool], Any] = OrderedDict()
+        self._stuck: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
         """Read the vocabulary: half a second that the first constraint would wait for."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = llguidance.hf.from_tokenizer(
-                    self._hf_tokenizer, self._vocabulary, eos_token=self._eos_ids or None
+                self._tokenizer = LLTokenizer(
+                    _without_marks(self._hf_tokenizer),
+                    n_vocab=self._vocabulary,
+                    eos_token=self._eos_ids or self._hf_tokenizer.eos_token_id,
                 )
 
     def compile(self, constraint: Constraint, *, ours: bool = False) -> Matcher:
@@ -152,7 +161,8 @@ class ConstraintCompiler:
         with self._lock:
             compiled = self._compiled.get((constraint, ours))
             if compiled is None:
-                compiled = self._compiled[constraint, ours] = self._new(constraint, ours=ours)
+                compiled = self._new_in_time(constraint, ours=ours)
+                self._compiled[constraint, ours] = compiled
                 self._forget()
             self._compiled.move_to_end((constraint, ours))
         if isinstance(compiled, _Refusal):
@@ -164,6 +174,22 @@ class ConstraintCompiler:
         while len(self._compiled) > _MAX_CACHED or characters > _MAX_CACHED_CHARACTERS:
             (oldest, _), _ = self._compiled.popitem(last=False)
             characters -= len(oldest.text)
+
+    def _new_in_time(self, constraint: Constraint, *, ours: bool) -> Any:
+        """As `_new`, but given up when it takes too long; there is no way to break it off."""
+        began = time.monotonic()
+        if self._stuck is not None:
+            self._stuck.join(_COMPILE_S)
+            if self._stuck.is_alive():
+                raise PromptRefused("The engine is busy with another constraint; try it later.")
+        made: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: made.append(self._new(constraint, ours=ours)), daemon=True
+        )
+        thread.start()
+        thread.join(_COMPILE_S - (time.monotonic() - began))
+        self._stuck = thread if thread.is_alive() else None
+        return made[0] if made else _Refusal("The constraint takes too long to make a grammar of.")
 
     def _new(self, constraint: Constraint, *, ours: bool) -> Any:
         strange = constraint.kind is ConstraintKind.LARK and not ours
@@ -183,6 +209,34 @@ class ConstraintCompiler:
         return matcher
 
 
+def _without_marks(tokenizer: Any) -> str:
+    """The tokenizer as a document, in which no text is a special token.
+
+    Text that a grammar leaves no choice about is tokenised, and where it held "<|im_end|>" that
+    would be the token, which ends the answer: so special tokens get names that nobody can guess.
+    """
+    backend = copy.copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    document = json.loads(backend.to_str())
+    salt = secrets.token_hex(8)
+    names = {}
+    for token in document["added_tokens"]:
+        if token["special"]:
+            names[token["content"]] = f"<{salt}:{token['content']}>"
+            token["content"] = names[token["content"]]
+    model = document["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(name, name): number for name, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    document["post_processor"] = None
+    return json.dumps(document, ensure_ascii=False)
+
+
 def _reason(matcher: Any) -> str:
     """Why it failed, in one line."""
     text = str(matcher.get_error())
@@ -190,7 +244,14 @@ def _reason(matcher: Any) -> str:
         return "it is too large"
     if text.startswith("NoExtension"):
         return "no text matches it"
-    return " ".join(text.split())[:_REASON_CHARACTERS].rstrip(". ")
+    if text.startswith("oneOf"):
+        return '"oneOf" is held only where no two of its schemas can match the same'
+    text = " ".join(text.replace("<non-verbose/>", "").split()).rstrip(". ")
+    if len(text) <= _REASON_CHARACTERS:
+        return text
+    # The end of it says what is wrong; what is between quotes the constraint.
+    half = _REASON_CHARACTERS // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def _check_length(constraint: Constraint, *, ours: bool) -> None:
@@ -213,15 +274,16 @@ def _grammar(constraint: Constraint) -> str:
         case ConstraintKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.text)
         case ConstraintKind.CHOICE:
-            # One terminal: of as many rules, each would be a row of its own in every step.
-            words = " | ".join(map(_quoted, _choices(constraint.text)))
-            return LLMatcher.grammar_from_lark(f"start: WORDS\nWORDS: {words}")
+            # One automaton: of as many rules, each would be a row of its own in every step.
+            words = "|".join(map(_literally, _choices(constraint.text)))
+            return LLMatcher.grammar_from_regex(words)
         case ConstraintKind.LARK:
             return LLMatcher.grammar_from_lark(constraint.text)
 
 
 def _json_grammar(document: dict[str, Any]) -> str:
     text = json.dumps(document | {"x-guidance": _JSON_OPTIONS}, ensure_ascii=False)
+    text.encode()  # which llguidance would say in other words
     return LLMatcher.grammar_from_json_schema(text)
 
 
@@ -242,5 +304,6 @@ def _choices(text: str) -> list[str]:
     return choices
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _literally(text: str) -> str:
+    """As a regular expression."""
+    return _MARKS.sub(lambda mark: f"\\x{{{ord(mark[0]):x}}}", text)

@@ -32,11 +32,15 @@ MAX_PATTERN: Final = 2048
 """Characters of one regular expression."""
 MAX_PATTERNS: Final = 8192
 """Characters of all: it takes time with their square, 0.1 s for so many."""
+MAX_MERGED_PATTERNS: Final = 16
+"""In a schema where a string may have to match several: to tell whether any string matches them
+all took 0.3 s for 16, and no end of time for 200."""
 MAX_PATTERN_PROPERTIES: Final = 32
 """Altogether: each is compared with each, and 200 took two seconds."""
 MAX_MULTIPLE: Final = 10_000
 """Product of all numbers in `multipleOf`: so many states an automaton may have that tells whether
 a number is a multiple of one of them."""
+_MERGING: Final = frozenset({"$ref", "anyOf", "oneOf"})
 
 
 class SchemaRefused(ValueError):
@@ -73,6 +77,8 @@ class _Count:
         self._values = 0
         self._branches = 0
         self._patterns = 0
+        self._pattern_characters = 0
+        self._merges = False
         self._pattern_properties = 0
         self._multiple = 1
 
@@ -94,8 +100,13 @@ class _Count:
                 open_parts.pop()
             if len(open_parts) > MAX_DEPTH + 1:
                 raise _too_deep()
+        if self._merges:
+            _at_most(self._patterns, MAX_MERGED_PATTERNS, "patterns where several may be for one")
 
     def _keywords(self, schema: dict[str, Any]) -> None:  # noqa: C901 - a table would be longer
+        self._merges |= "allOf" in schema or (
+            "pattern" in schema and not _MERGING.isdisjoint(schema)
+        )
         for keyword, value in schema.items():
             match keyword, value:
                 case "properties", dict():
@@ -136,8 +147,9 @@ class _Count:
 
     def _pattern(self, pattern: str) -> None:
         _at_most(len(pattern), MAX_PATTERN, "characters in one pattern")
-        self._patterns += len(pattern)
-        _at_most(self._patterns, MAX_PATTERNS, "characters in all patterns")
+        self._patterns += 1
+        self._pattern_characters += len(pattern)
+        _at_most(self._pattern_characters, MAX_PATTERNS, "characters in all patterns")
 
 
 def _names(required: object) -> Iterator[str]:
