@@ -46,6 +46,8 @@ class DevnetPlan:
     port: int = 8080
     engine: str = "torch"
     engine_url: str | None = None
+    threads: int | None = None
+    """CPU threads of each provider's engine; None: the machine's, shared out among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,7 @@ def _commands(plan: DevnetPlan, address: str, port: int) -> dict[str, list[str]]
             "--listen", "/ip4/127.0.0.1/tcp/0", "--engine", plan.engine,
             *(["--engine-url", plan.engine_url] if plan.engine_url else []),
             *(word for model in plan.models for word in ("--model", model)),
-            "--threads", str(max(1, (os.cpu_count() or 1) // max(1, plan.providers))),
+            "--threads", str(plan.threads or max(1, (os.cpu_count() or 1) // plan.providers)),
             # Each asks a little more than the one before, so that auctions have something to say.
             "--price-output", str(200_000_000 + 20_000_000 * (number - 1)),
         ]  # fmt: skip

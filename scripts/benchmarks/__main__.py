@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.benchmarks import mesh, network
+from scripts.benchmarks.engine import suite as engine
 
-SUBJECTS: Final[dict[str, Any]] = {"network": network, "mesh": mesh}
-"""Each module has PARTS and `measure(only=)`, which returns figures with a list of `targets`."""
+SUBJECTS: Final[dict[str, Any]] = {"network": network, "mesh": mesh, "engine": engine}
+"""Each module has PARTS and `measure`, which returns figures with a list of `targets`; one that
+offers more options than `--only` has `add_options`, and `measure` takes them by name."""
 
 
 def main() -> int:
@@ -23,10 +25,14 @@ def main() -> int:
     for name, module in SUBJECTS.items():
         subject = subjects.add_parser(name, help=module.__doc__)
         subject.add_argument("--json", action="store_true", help="print one JSON object")
-        subject.add_argument("--only", choices=module.PARTS, help="measure one part")
-    arguments = parser.parse_args()
-    figures = SUBJECTS[arguments.subject].measure(only=arguments.only)
-    if arguments.json:
+        if hasattr(module, "add_options"):
+            module.add_options(subject)
+        else:
+            subject.add_argument("--only", choices=module.PARTS, help="measure one part")
+    options = vars(parser.parse_args())
+    as_json, module = options.pop("json"), SUBJECTS[options.pop("subject")]
+    figures = module.measure(**options)
+    if as_json:
         print(json.dumps(figures))
     else:
         _show(figures)

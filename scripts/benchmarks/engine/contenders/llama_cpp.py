@@ -21,7 +21,7 @@ def load(settings: dict[str, Any]) -> dict[str, Handler]:
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * SLOT_TOKENS
     params.n_batch = params.n_ubatch = 512
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.n_gpu_layers = 0
     params.n_threads_http = SLOTS + 2
     params.cont_batching = True
@@ -41,7 +41,7 @@ def load(settings: dict[str, Any]) -> dict[str, Handler]:
                 "cache_prompt": True,
             }
         )
-        said[slot] = answer["tokens_predicted"]
+        said[slot] = answer["usage"]["completion_tokens"]
 
     def run(asked: list[list[int]], tokens: int) -> int:
         said = [0] * len(asked)

@@ -33,7 +33,7 @@ class Loop:
             model=Path(settings["model"]),
             device="cpu",
             dtype=settings["dtype"],
-            threads=1,
+            threads=settings["threads"],
             kv_cache_gb=1.5,
             **settings.get("config", {}),
         )
@@ -112,7 +112,7 @@ def load(settings: dict[str, Any]) -> dict[str, Handler]:
     """The model in its folder, and everything that is measured of it alone."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings["threads"])
     loop = Loop(settings)
 
     def decode(*, batch: int, tokens: int, length: int, seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def load(settings: dict[str, Any]) -> dict[str, Handler]:
     import torch
     import transformers
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings["threads"])
     transformers.utils.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=getattr(torch, settings["dtype"]), local_files_only=True

@@ -54,10 +54,11 @@ class Stamps:
 def cpu_seconds() -> float:
     """CPU time of this process, all its threads, and its children that live."""
     own = time.process_time()
-    return own + sum(_cpu_seconds_of(child) for child in _descendants(os.getpid()))
+    return own + sum(_cpu_seconds_of(child) for child in descendants(os.getpid()))
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Every process that descends from this one and lives."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
@@ -65,7 +66,7 @@ def _descendants(pid: int) -> list[int]:
         except OSError:
             continue  # the thread ended
         for child in map(int, children):
-            found += [child, *_descendants(child)]
+            found += [child, *descendants(child)]
     return found
 
 
@@ -80,7 +81,7 @@ def _cpu_seconds_of(pid: int) -> float:
 def take_turns(load: Callable[[dict[str, Any]], dict[str, Handler]]) -> None:
     """Load by the settings in argv, then carry out orders until there are no more."""
     settings = json.loads(sys.argv[1])
-    os.sched_setaffinity(0, {settings["core"]})
+    os.sched_setaffinity(0, settings["cores"])
     answers = _own_stdout()
     try:
         handlers = load(settings)

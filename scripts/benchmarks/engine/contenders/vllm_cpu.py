@@ -9,15 +9,14 @@ from scripts.benchmarks.engine.contenders.turns import Handler, Stamps, prompts,
 
 
 def load(settings: dict[str, Any]) -> dict[str, Handler]:
-    """The engine, eager unless `compiled` is set; prefix caching off, 2 GiB of keys and values."""
+    """The engine, eager unless `compiled` is set; prefix caching off, 1 GiB of keys and values."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="2",
-        VLLM_CPU_OMP_THREADS_BIND=str(settings["core"]),
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, settings["cores"])),
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",
         HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS="1",
     )
     import vllm
     from vllm.engine.arg_utils import EngineArgs
