@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.model import attention
 from pinaivu_node.engine.model.attention import Look
 from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache
@@ -30,11 +31,13 @@ from pinaivu_node.engine.model.paged_attention import (
 from pinaivu_node.engine.model.runner import Runner
 from pinaivu_node.engine.model.step import Step
 from pinaivu_node.engine.model.weights import LoadError
+from pinaivu_node.engine.sampling.sampler import Draw, SequenceSampling, choose
+from pinaivu_node.engine.types import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from solo import Solo, request
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 SHAPE = KvShape(1, 2, 16, torch.float32)
 STEPS = {
     "prompts and a next token": [[0, 9, 0, 0], [9, 1, 0, 1], [10, 70, 0, 2]],
@@ -120,6 +123,58 @@ def test_torchs_flash_attention_takes_what_it_is_given(spans, window):
         output = flash(query, pages, pages, place, Look(0.125, window))
     assert output.shape == query.shape
     assert output.dtype == torch.bfloat16
+
+
+# --- a device whose numbers nobody can see --------------------------------------------------------
+
+
+def unseen(model_class, config, *, kv_heads: int) -> Runner:
+    """On torch's meta device: sizes, types and devices are checked as on a GPU, and to ask for a
+    number is an error where a GPU would make the CPU wait.
+    """
+    attention.register()
+    model = model_class(config).eval().to("meta", torch.bfloat16)
+    model.set_attn_implementation(attention.NAME)
+    shape = KvShape(config.num_hidden_layers, kv_heads, 64, torch.bfloat16)
+    cache = CudaKvCache(shape, pages=8, window=1024, device=META, attention=flash)
+    graphs = DecodeGraphs()
+    graphs.record(
+        model, cache, counts=[1, 2], recorder=lambda compute: compute, progress=lambda rows: None
+    )
+    return Runner(model, cache, graphs=graphs)
+
+
+@pytest.mark.skipif(not torch_has_paged_flash(), reason="this torch has no FlashAttention of pages")
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_gpu_computes_a_step_without_being_asked_for_a_number(family):
+    sizes = {
+        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4,
+        "head_dim": 64, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    if family == "llama":
+        config = LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2)
+        runner = unseen(LlamaForCausalLM, config, kv_heads=2)
+    else:  # with layers that see a window
+        config = Gemma3TextConfig(**sizes, num_hidden_layers=7, num_key_value_heads=1)
+        runner = unseen(Gemma3ForCausalLM, config, kv_heads=1)
+    mixed = Step([1, 2, 3, 4], [2, 3], [(0, 3, 0, 0), (3, 1, 300, 1)], [[0, 0], [1, 2]])
+    decode = Step([1, 2], [0, 1], [(0, 1, 0, 0), (1, 1, 300, 1)], [[0, 0], [1, 2]])
+    for step in (mixed, decode):
+        logits = runner.forward(step)
+        assert (logits.shape, logits.dtype, logits.device) == ((2, 64), torch.float32, META)
+
+
+def test_a_gpu_draws_without_being_asked_for_a_number_before_all_are_drawn():
+    params = SamplingParams(
+        max_tokens=1, temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, logprobs=5,
+        logit_bias={0: 1.0}, frequency_penalty=0.5,
+    )  # fmt: skip
+    state = SequenceSampling(params, seed=0, prompt=(1,), answer=(2,), vocabulary=64, device=META)
+    allowed = torch.full((2,), -1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor") as stopped:
+        choose(torch.empty(3, 64, device=META), [Draw(state, 0, allowed)] * 3)
+    assert stopped.traceback[-1].name == "draw"
+    assert "torch.cat([out_whole" in str(stopped.traceback[-1].statement)
 
 
 # --- the whole engine over it ---------------------------------------------------------------------
