@@ -19,7 +19,7 @@ from pinaivu_gateway.openai_schema import (
 )
 from pinaivu_gateway.response_format import constraint_of
 from pinaivu_gateway.tools import most_tokens_of_calls, most_tokens_of_tools, wire_calls
-from pinaivu_node.models.catalogue import CATALOGUE
+from pinaivu_node.models.variants import pinned_digest
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
     Digest,
@@ -242,14 +242,8 @@ def _order(
         deny=tuple(wishes.deny),
         fingerprints=limits.fingerprints,
         tenant=limits.tenant,
-        model_digest=_pinned_weights(ModelName(request.model)),
+        model_digest=pinned_digest(ModelName(request.model)),
     )
-
-
-def _pinned_weights(model: ModelName) -> Digest | None:
-    """What a catalogue name stands for, so that nobody sells other weights under it."""
-    entry = CATALOGUE.get(model)
-    return None if entry is None else entry.digest
 
 
 def _output_limit(

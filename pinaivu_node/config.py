@@ -89,6 +89,8 @@ class ProviderSettings(_Settings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
     tensor_parallel: Annotated[int, Field(ge=1, le=16)] = 1
     """GPUs of this machine that share each model."""
+    quantization: Literal["int8"] | None = None
+    """int8: run the models in eight bits, and sell them as such: `smollm2:135m-int8`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the engine; None: as many as there are cores."""
     memory_budget_gb: Annotated[float, Field(gt=0, le=1_000_000)] | None = None

@@ -37,6 +37,7 @@ from pinaivu_node.mesh.mesh import Mesh
 from pinaivu_node.models.catalogue import CATALOGUE, ModelKind
 from pinaivu_node.models.pull import pull_missing
 from pinaivu_node.models.store import InstalledModel, ModelStore
+from pinaivu_node.models.variants import in_int8
 from pinaivu_node.protocol.ids import (
     ModelName,
     NanoX,
@@ -135,7 +136,10 @@ async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> lis
         case "torch":
             store = ModelStore(settings.models_folder)
             models = {model.name: model for model in map(store.resolve, names)}
-            return await _open_own(stack, settings, list(models.values()))
+            sold = list(models.values())
+            if settings.quantization is not None:
+                sold = [in_int8(model) for model in sold]
+            return await _open_own(stack, settings, sold)
         case "openai":
             return [await _open_server(stack, settings, name) for name in names]
         case "bench":
@@ -192,6 +196,7 @@ def _engine_config(
     return EngineConfig(
         model=model.folder,
         device=settings.device,
+        quantization=settings.quantization,
         tensor_parallel=settings.tensor_parallel,
         threads=settings.threads,
         kv_cache_gb=kv_cache_gb,

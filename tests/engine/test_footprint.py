@@ -76,6 +76,17 @@ def test_the_type_of_the_weights_in_memory_counts_and_not_that_on_disk(tmp_path)
     assert needs[2] == needs[0]
 
 
+def test_weights_in_int8_take_a_byte_and_the_cache_what_it_took(tmp_path):
+    folder = folder_with(tmp_path, header_of(a=[10**6]))
+    shape = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    said = {**shape, "max_position_embeddings": 1000}
+    (folder / "config.json").write_text(json.dumps(said))
+    whole = EngineConfig(model=folder, device="cpu")
+    quantised = EngineConfig(model=folder, device="cpu", quantization="int8")
+    assert footprint_of(whole).need - footprint_of(quantised).need == 3 * 10**6
+    assert kv_bytes(whole) == kv_bytes(quantised)
+
+
 def test_the_cache_is_what_it_was_given_or_one_context(tmp_path):
     shape = {
         "num_hidden_layers": 30,

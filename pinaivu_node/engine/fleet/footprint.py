@@ -88,7 +88,7 @@ def kv_bytes(config: EngineConfig) -> int:
         _number(said, "hidden_size") // max(1, _number(said, "num_attention_heads"))
     )
     window = config.context_window or _number(said, "max_position_embeddings")
-    context = round(2 * layers * heads * width * window * _width(config))
+    context = round(2 * layers * heads * width * window * _number_width(config))
     given = round((config.kv_cache_gb or 0) * _GIB)
     return max(given, min(context, _GIB))
 
@@ -116,7 +116,12 @@ def _on_gpu(device: str) -> bool:
 
 
 def _width(config: EngineConfig) -> float:
-    """Bytes per weight in memory."""
+    """Bytes per weight in memory; norms, which int8 leaves as they are, are too few to count."""
+    return 1.0 if config.quantization == "int8" else _number_width(config)
+
+
+def _number_width(config: EngineConfig) -> float:
+    """Bytes of a number that is computed with."""
     if config.dtype == "auto":
         return 2.0 if _on_gpu(config.device) else 4.0
     return 4.0 if config.dtype == "float32" else 2.0
