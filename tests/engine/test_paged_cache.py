@@ -13,13 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from pinaivu_node.engine.batching.blocks import BlockPool
+from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.model import attention
 from pinaivu_node.engine.model.attention import Look
 from pinaivu_node.engine.model.cpu_cache import CpuKvCache, KvShape
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache
 from pinaivu_node.engine.model.cuda_graphs import DecodeBuffers, DecodeGraphs, row_counts
 from pinaivu_node.engine.model.gpu_memory import Memory, pages_that_fit
-from pinaivu_node.engine.model.gpu_runner import largest_step, looks_at_positions
+from pinaivu_node.engine.model.gpu_runner import (
+    Gpu,
+    largest_step,
+    looks_at_positions,
+    made_ready,
+)
 from pinaivu_node.engine.model.paged_attention import (
     Place,
     attention_for,
@@ -251,6 +257,64 @@ def test_guesses_are_checked_over_pages(tiny_model):
     solo = Solo(tiny_model, speculate=4, adapt=lambda model: paged(model, counts=(1, 2)))
     (said,) = solo.run(request(prompt, max_tokens=40, ignore_eos=True))
     assert said.token_ids == wanted.token_ids
+
+
+def as_on_a_gpu(model, *, config, memory: Memory, told: list):
+    """The model as it would be made ready on a GPU of so much memory."""
+
+    def measure(work):
+        work()
+        told.append("measured")
+        return memory
+
+    gpu = Gpu(
+        gathered, measure, recorder=lambda compute: compute, agree=lambda pages: pages - 1
+    )  # fmt: skip
+    ready = made_ready(
+        model.runner._model, KvShape(2, 2, 8, torch.float32), config, gpu=gpu,
+        window=model.context_window, progress=lambda share, what: told.append((share, what)),
+    )  # fmt: skip
+    pool = BlockPool(ready.pages, size=ready.page)
+    return replace(model, runner=ready.runner, pool=pool, context_window=ready.window)
+
+
+def test_what_is_made_ready_on_a_gpu_answers(tiny_model, expected):
+    told = []
+    # A page of 64 positions takes 16 KiB, and two copies of one of two layers as much again.
+    memory = Memory(total=2**20, used=2**18, work=2**16)
+    config = EngineConfig(model=tiny_model, max_running=4, memory_fraction=0.75)
+    solo = Solo(
+        tiny_model,
+        prefill_chunk=16,
+        max_running=4,
+        adapt=lambda model: as_on_a_gpu(model, config=config, memory=memory, told=told),
+    )
+    # 0.75 MiB, less a quarter, less twice the work: 12 pages, one is spare, and another has one
+    # less.
+    assert (solo.model.pool.count, solo.model.pool.size) == (10, 64)
+    assert told[1] == "measured"
+    assert [what for _, what in told[2:]] == [f"recording decode steps of {n}" for n in (4, 2, 1)]
+    shares = [share for share, _ in (told[0], *told[2:])]
+    assert shares == sorted(shares)
+    said = solo.run(*some_requests(random.Random(3)))
+    assert [each.token_ids for each in said] == [each.token_ids for each in expected]
+
+
+def test_a_window_that_does_not_fit_is_made_shorter(tiny_model):
+    memory = Memory(total=2**20, used=2**19, work=0)
+    config = EngineConfig(model=tiny_model, max_running=1, memory_fraction=0.7)
+    solo = Solo(
+        tiny_model,
+        adapt=lambda model: as_on_a_gpu(model, config=config, memory=memory, told=[]),
+    )
+    assert solo.model.pool.count == 4
+    assert solo.model.context_window == 256
+    config = EngineConfig(model=tiny_model, max_running=1, memory_fraction=0.63)
+    solo = Solo(
+        tiny_model,
+        adapt=lambda model: as_on_a_gpu(model, config=config, memory=memory, told=[]),
+    )
+    assert solo.model.context_window == solo.model.pool.count * 64 < 256
 
 
 # --- recordings -----------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from pinaivu_node.engine.model.weights import LoadError
 logger = logging.getLogger(__name__)
 
 _GIB: Final = 2**30
+_LEAST_PAGES: Final = 2
+"""A conversation of fewer is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def pages_that_fit(
     if kv_cache_gb is not None:
         left = int(kv_cache_gb * _GIB)
     pages = left // page_bytes - 1
-    if pages < 1:
+    if pages < _LEAST_PAGES:
         raise LoadError(_nothing_left(memory, fraction, page_bytes, kv_cache_gb))
     return pages
 
@@ -49,7 +51,7 @@ def _nothing_left(
     if kv_cache_gb is not None:
         return (
             f"kv_cache_gb {kv_cache_gb} is too little for keys and values of this model: "
-            f"a page of them takes {page_bytes / _GIB:.3f} GiB, and two is the least"
+            f"a page of them takes {page_bytes / _GIB:.3f} GiB, and three are the least"
         )
     return (
         f"no memory is left for keys and values: of the GPU's {memory.total / _GIB:.1f} GiB, "

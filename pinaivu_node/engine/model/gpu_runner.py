@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -12,8 +13,13 @@ import torch
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.model.cpu_cache import KvShape
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache
-from pinaivu_node.engine.model.cuda_graphs import CudaRecorder, DecodeGraphs, row_counts
-from pinaivu_node.engine.model.gpu_memory import measured, pages_that_fit
+from pinaivu_node.engine.model.cuda_graphs import (
+    CudaRecorder,
+    DecodeGraphs,
+    Recorder,
+    row_counts,
+)
+from pinaivu_node.engine.model.gpu_memory import Memory, measured, pages_that_fit
 from pinaivu_node.engine.model.paged_attention import (
     FLASH_PAGE,
     Attention,
@@ -33,6 +39,24 @@ _GATHERED_PAGE: Final = 64
 """Positions per page where FlashAttention asks for nothing: the smaller, the more is shared."""
 _COPIES: Final = 2
 """Of one layer's keys and values that `gathered` makes at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What is done with a device besides computing."""
+
+    attention: Attention
+    measure: Callable[[Callable[[], object]], Memory]
+    """What this work takes, and what there is."""
+    recorder: Recorder | None
+    """None: nothing is recorded."""
+    agree: Callable[[int], int]
+    """Of the pages that fit here, how many all GPUs that share the model have."""
+
+    @property
+    def page(self) -> int:
+        """Positions per page."""
+        return FLASH_PAGE if self.attention is flash else _GATHERED_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,37 +80,55 @@ def on_gpu(
 ) -> GpuRunner:
     """Make the most of the GPU that the model is on; LoadError if there is no room for a cache.
 
-    The model's attention is ours already.  `agree`: of the pages that fit here, how many all GPUs
-    that share the model have.
+    The model's attention is ours already.  `agree` is as in `Gpu`.
     """
     device: torch.device = model.device
     torch.cuda.set_device(device)  # where recordings are made
     attention = _attention(model, shape)
-    page = FLASH_PAGE if attention is flash else _GATHERED_PAGE
-    most = config.most_running(on_cpu=False)
+    # Steps over pages that are gathered would be recorded with the longest tables.
+    records = config.cuda_graphs and attention is flash and not looks_at_positions(model)
+    gpu = Gpu(
+        attention=attention,
+        measure=partial(measured, device=device),
+        recorder=CudaRecorder() if records else None,
+        agree=agree,
+    )
+    return made_ready(model, shape, config, gpu=gpu, window=window, progress=progress)
+
+
+def made_ready(
+    model: Any, shape: KvShape, config: EngineConfig, *, gpu: Gpu, window: int, progress: Progress
+) -> GpuRunner:
+    """As `on_gpu`, with whatever the device is told or asked given."""
+    page, most = gpu.page, config.most_running(on_cpu=False)
 
     def cache_of(pages: int) -> CudaKvCache:
         return CudaKvCache(
-            shape, pages=pages, window=window, device=device, page=page, attention=attention
+            shape,
+            pages=pages,
+            window=window,
+            device=model.device,
+            page=page,
+            attention=gpu.attention,
         )
 
     progress(0.7, "measuring the GPU's memory")
     step = largest_step(prompt=config.prefill_chunk, rows=most, window=window, page=page)
-    memory = measured(lambda: _work(model, cache_of, step), device)
-    records = config.cuda_graphs and attention is flash and not looks_at_positions(model)
-    if records:  # recordings have a work space of their own
+    memory = gpu.measure(lambda: _work(model, cache_of, step))
+    if gpu.recorder is not None:  # recordings have a work space of their own
         memory = replace(memory, work=2 * memory.work)
-    pages = agree(
-        pages_that_fit(
-            memory,
-            fraction=config.memory_fraction,
-            page_bytes=_page_bytes(shape, page, attention),
-            kv_cache_gb=config.kv_cache_gb,
-        )
+    fitting = pages_that_fit(
+        memory,
+        fraction=config.memory_fraction,
+        page_bytes=_page_bytes(shape, page, gpu.attention),
+        kv_cache_gb=config.kv_cache_gb,
     )
+    pages = gpu.agree(fitting)
     window = min(window, pages * page)
     cache = cache_of(pages)
-    graphs = _recorded(model, cache, most=most, progress=progress) if records else None
+    graphs = None
+    if gpu.recorder is not None:
+        graphs = _recorded(model, cache, gpu.recorder, most=most, progress=progress)
     return GpuRunner(Runner(model, cache, graphs=graphs), pages, page, window)
 
 
@@ -151,7 +193,7 @@ def _page_bytes(shape: KvShape, page: int, attention: Attention) -> int:
 
 
 def _recorded(
-    model: Any, cache: CudaKvCache, *, most: int, progress: Progress
+    model: Any, cache: CudaKvCache, recorder: Recorder, *, most: int, progress: Progress
 ) -> DecodeGraphs | None:
     counts = row_counts(most)
     graphs = DecodeGraphs()
@@ -161,7 +203,7 @@ def _recorded(
         progress(0.75 + 0.15 * done, f"recording decode steps of {rows}")
 
     try:
-        graphs.record(model, cache, counts=counts, recorder=CudaRecorder(), progress=say)
+        graphs.record(model, cache, counts=counts, recorder=recorder, progress=say)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as exc:
