@@ -344,7 +344,7 @@ def test_a_folder_that_is_no_model_says_so(tmp_path, tiny_model):
     from pinaivu_node.engine.config import EngineConfig
 
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(LoadError, match="cannot load"):
+    with pytest.raises(LoadError, match="names no model_type"):
         load(EngineConfig(model=tmp_path), lambda progress, what: None)
     if not torch.cuda.is_available():
         with pytest.raises(LoadError, match="no CUDA"):
