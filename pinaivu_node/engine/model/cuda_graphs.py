@@ -26,6 +26,8 @@ Compute = Callable[[], torch.Tensor]
 Recorder = Callable[[Compute], Compute]
 """To something that does the same again."""
 
+_REPLAY_TOLERANCE: Final = 0.05
+"""Of logits: libraries may choose other kernels where they cannot take memory."""
 _MOST_ROWS: Final = 512
 """A step of more rows keeps a GPU busy for longer than the CPU needs to tell it of the next."""
 
@@ -156,13 +158,16 @@ class CudaRecorder:
             # Libraries take their work space when they are first used, and not while it is
             # recorded.
             for _ in range(2):
-                compute()
+                expected = compute()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Of other threads, only this one's calls count: that of NCCL asks after its events.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = compute()
         self._pool = graph.pool()
+        graph.replay()
+        if not torch.allclose(output, expected, rtol=_REPLAY_TOLERANCE, atol=_REPLAY_TOLERANCE):
+            raise RuntimeError("a recorded step says something else than the step itself")
 
         def replay() -> torch.Tensor:
             graph.replay()
