@@ -69,6 +69,9 @@ class CpuKvCache:
     ) -> torch.Tensor:
         """See `KvCache.attend`."""
         tokens, heads, width = query.shape
+        # The kernel reads as far as it is told; an architecture's config may tell otherwise.
+        if not key.shape == value.shape == (tokens, self._shape.heads, width):
+            raise ValueError(f"keys of {(*key.shape,)}, values of {(*value.shape,)}")
         output = query.new_empty(tokens, heads * width)
         self._attend(
             (query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),

@@ -26,6 +26,8 @@ _PLAIN_ATTENTION: Final = frozenset(
 )
 """Attention classes whose forward is projections, optional norms of each head, rotation, attention
 and projection: what `FusedAttention` does.  Others keep theirs."""
+_WINDOW_OF_CONFIG: Final = frozenset({"MistralAttention", "Phi3Attention"})
+"""Attention classes that know their sliding window from the model's configuration alone."""
 _PLAIN_LAYERS: Final = frozenset(
     f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3")
 )
@@ -101,7 +103,7 @@ class FusedAttention(nn.Module):
         self.query_heads = self.output.in_features // self.width
         self.heads = (self.project.out_features // self.width - self.query_heads) // 2
         window = getattr(attention, "sliding_window", None)
-        if attention.__class__.__name__ == "Phi3Attention":
+        if type(attention).__name__ in _WINDOW_OF_CONFIG:
             window = getattr(attention.config, "sliding_window", None)
         cap = getattr(attention, "attn_logit_softcapping", None)
         self.look = Look(float(attention.scaling), window or 0, cap or 0.0)

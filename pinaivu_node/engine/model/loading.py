@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
@@ -53,6 +54,14 @@ _TOLERANCE_SIXTEEN_BITS: Final = 0.05
 _TOLERANCE_INT8: Final = 0.75
 """Between a model and its quantised self.  Measured: 0.1 and 0.3 on the probe, whose tokens make no
 sense, 0.05 on prose; unrelated logits differ by 1.4."""
+_ELSEWHERE: Final = "serve it with another server and --engine openai"
+_KNOWN_TO_SLIDE: Final = frozenset(
+    {
+        "gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3",
+        "qwen3_moe", "smollm3", "starcoder2",
+    }
+)  # fmt: skip
+"""Families whose attention to a window of the past is held by a test; see `_limits`."""
 _CPU_KV_SHARE: Final = 0.1
 """Of the machine's memory: the rest is for weights, other models, and everything else."""
 _WHOLE_WINDOW_BYTES: Final = 1 << 30
@@ -86,6 +95,10 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = None) -> LoadedModel:
     """As `load`, but of a model that is shared only the part of this process."""
     check_folder(config.model)
+    if rank is not None and config.quantization is not None:
+        raise LoadError(
+            "a model that several GPUs share is not quantised: leave out one of the two"
+        )
     device = device_of(config.device)
     use_threads(config, device)
     try:
@@ -118,15 +131,18 @@ def _prepared(
 ) -> LoadedModel:
     text_config = model.config.get_text_config()
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    window = min(
-        int(getattr(text_config, "max_position_embeddings", 2**20)),
-        config.context_window or 2**31,
-    )
+    window = _window(config, text_config)
     if rank is not None:  # said before a layer finds it out
         rank.kv_heads(model, _kv_shape(text_config, model.dtype).heads)
     probe = [(7919 * (place + 1)) % vocabulary for place in range(min(_PROBE_TOKENS, window))]
     expected = _probe_by_transformers(model, probe)
-    if config.quantization is not None and model.device.type == "cpu":
+    if not expected.isfinite().all():
+        raise LoadError(
+            f"the model in {config.model} computes numbers that are none: its weights are damaged "
+            f"(pull it again), or too large for {str(model.dtype).removeprefix('torch.')} "
+            "(--dtype float32)"
+        )
+    if config.quantization is not None:
         expected = _quantised(model, probe, expected, dtype=dtype_of(config.dtype, model.device))
     attention.register()
     model.set_attn_implementation(attention.NAME)
@@ -213,23 +229,70 @@ def _check_probe(
     sequence = Sequence(probe)
     sequence.blocks = pool.take(-(-len(probe) // pool.size)) or []
     cuts = (0, len(probe) // 2, len(probe) - 1, len(probe))
-    for start, end in pairwise(cuts):
-        logits = runner.compute([Chunk(sequence, start, end - start)])
+    try:
+        for start, end in pairwise(cuts):
+            logits = runner.compute([Chunk(sequence, start, end - start)])
+    except torch.OutOfMemoryError:
+        raise
+    # An architecture that is not known here may want anything.
+    except Exception as exc:
+        logger.info("the layers cannot be run", exc_info=True)
+        raise LoadError(
+            f"this engine does not know this architecture ({first_line(exc)}): {_ELSEWHERE}"
+        ) from exc
     pool.release(sequence.blocks, now=0.0)
     error = _difference(logits, expected)
     logger.info("logits differ from transformers' own by %.1e of their spread", error)
     if not error <= tolerance:
         raise LoadError(
             f"this engine does not compute this architecture rightly (its logits are off by "
-            f"{error:.0%}): serve it with another server and --engine openai"
+            f"{error:.0%}): {_ELSEWHERE}"
         )
 
 
 # --- what the folder says -------------------------------------------------------------------------
 
 
+def _window(config: EngineConfig, text_config: Any) -> int:
+    """Tokens that a sequence may have at most."""
+    window = min(
+        int(getattr(text_config, "max_position_embeddings", None) or 2**20),
+        config.context_window or 2**31,
+    )
+    for why, most in _limits(text_config):
+        if most < window:
+            logger.warning("the context is %d tokens instead of %d: %s", most, window, why)
+            window = most
+    return window
+
+
+def _limits(text_config: Any) -> Iterator[tuple[str, int]]:
+    """Up to where a model is surely computed as its makers meant it, and why not beyond."""
+    types = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(text_config, "use_sliding_window", True) and "sliding_attention" in types
+    for name in ("sliding_window", "attention_chunk_size"):
+        width = getattr(text_config, name, None)
+        # What is narrower than the probe, the probe shows.
+        is_known = text_config.model_type in _KNOWN_TO_SLIDE or not slides
+        if isinstance(width, int) and width > _PROBE_TOKENS and not is_known:
+            yield f"nothing checks this family's {name}", width
+    said = getattr(text_config, "rope_parameters", None) or {}
+    for rope in (said, *(each for each in said.values() if isinstance(each, dict))):
+        if rope.get("rope_type") == "longrope":
+            least = rope.get("original_max_position_embeddings")
+            least = least or getattr(text_config, "original_max_position_embeddings", None)
+            # The angles of all positions change when a sequence grows beyond it, those in the
+            # cache included, so that one long sequence would change what its batch mates say.
+            if isinstance(least, int):
+                yield "beyond it this model turns every position otherwise", least
+
+
 def _kv_shape(text_config: Any, dtype: torch.dtype) -> KvShape:
-    heads = int(text_config.num_attention_heads)
+    heads = getattr(text_config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise LoadError(
+            f"a {text_config.model_type} has no attention, or one of its own: {_ELSEWHERE}"
+        )
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return KvShape(
         layers=int(text_config.num_hidden_layers),
