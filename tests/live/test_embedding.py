@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from devnets import devnet
 from rich.console import Console
 
 from pinaivu_node.engine.client import open_engine
@@ -124,3 +125,15 @@ async def test_a_model_that_writes_text_makes_no_vectors():
         await engine.wait_ready()
         with pytest.raises(PromptRefused, match="it makes no embeddings"):
             await engine.embed(EmbeddingRequest("e", ("hello",)))
+
+
+def test_a_node_announces_an_encoder_and_no_chat_is_sent_to_it(tmp_path):
+    with devnet(tmp_path, "--providers", "1", "--model", "all-minilm:l6") as network:
+        with network.http() as client:
+            known = {each["id"]: each for each in client.get("/models").json()["data"]}
+            assert known["all-minilm:l6"]["kinds"] == ["embedding"]
+            body = {"model": "all-minilm:l6", "messages": [{"role": "user", "content": "hi"}]}
+            answer = client.post("/chat/completions", json=body)
+            assert 400 <= answer.status_code < 600
+            assert "serves it for chat" in answer.json()["error"]["message"]
+        assert network.nodes(), "the provider is still there"
