@@ -21,10 +21,10 @@ from pinaivu_node.engine.model.runner import Runner
 from pinaivu_node.engine.model.step import Step
 from pinaivu_node.engine.model.weights import LoadError
 from pinaivu_node.engine.sampling.sampler import Draw, SequenceSampling, choose
-from pinaivu_node.engine.types import SamplingParams
+from pinaivu_node.engine.types import FinishReason, SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
-from solo import Solo
+from solo import Solo, request
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SHAPE = KvShape(1, 2, 16, torch.float32)
@@ -206,3 +206,31 @@ def test_a_gpu_that_was_refused_memory_goes_on_and_after_any_other_error_does_no
     runner = Runner(OnGpu(), Solo(tiny_model).model.runner._cache)
     assert runner.survives(torch.OutOfMemoryError("refused"))
     assert not runner.survives(RuntimeError("CUDA error: an illegal memory access"))
+
+
+class SmallGpu:
+    """A runner that is refused memory for steps of more than so many tokens."""
+
+    def __init__(self, runner, *, most: int) -> None:
+        self._runner = runner
+        self._most = most
+
+    def compute(self, chunks):
+        if sum(len(chunk.tokens) for chunk in chunks) > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._runner.compute(chunks)
+
+    def survives(self, error):
+        return isinstance(error, torch.OutOfMemoryError)
+
+
+def test_a_step_that_was_refused_memory_ends_its_answers_and_no_others(tiny_model):
+    solo = Solo(
+        tiny_model,
+        adapt=lambda model: replace(model, runner=SmallGpu(model.runner, most=100)),
+    )
+    (small,) = solo.run(request(tuple(range(20, 60))))
+    (large,) = solo.run(request(tuple(range(20, 160))))
+    assert large.finish is FinishReason.ERROR
+    assert large.last.error == "OutOfMemoryError in a step"
+    assert solo.run(request(tuple(range(20, 60))))[0].token_ids == small.token_ids

@@ -37,6 +37,7 @@ def test_the_last_word_is_how_the_last_traceback_ended():
         "Fatal Python error: Segmentation fault",
         "terminate called after throwing an instance of 'c10::Error'",
         "CUDA error: an illegal memory access was encountered",
+        "rank 1 of the engine was ended by signal 9",
     ],
 )
 def test_what_is_fatal_outside_a_traceback_counts_too(line):
