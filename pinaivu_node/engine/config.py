@@ -21,8 +21,8 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid"):
     dtype: DtypeName = "auto"
     """auto: bfloat16 on CUDA; float32 on CPU, where two kernels then agree on every token."""
     quantization: Quantization | None = None
-    """int8: linear layers and embeddings are kept in eight bits and computed with in `dtype`.  A
-    quarter of float32's memory; on a CPU also three times the speed while few stream."""
+    """int8: linear layers and embeddings are kept in eight bits and computed with in `dtype`, in a
+    quarter of float32's memory; on a CPU with AMX also faster, on a GPU slower."""
     threads: int | None = Field(default=None, ge=1, le=512)
     """CPU threads of the step loop; None: the physical cores less one for everything else."""
     context_window: int | None = Field(default=None, ge=16)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.kernels import amx
 from pinaivu_node.engine.model import linear
+from pinaivu_node.engine.model.embedding import EncoderModel
 from pinaivu_node.engine.model.linear import PackedLinear
 from pinaivu_node.engine.model.quantised import (
     Int8Embedding,
@@ -15,6 +17,7 @@ from pinaivu_node.engine.model.quantised import (
     quantise,
     quantise_rows,
 )
+from pinaivu_node.engine.model.weights import LoadError
 
 from .solo import Solo, request
 
@@ -161,3 +164,20 @@ def test_a_quantised_model_computes_in_the_format_that_was_asked_for(tiny_model)
     assert solo.model.dtype is torch.bfloat16
     [said] = solo.run(request((5, 6, 7)))
     assert len(said.token_ids) > 0
+
+
+def test_what_cannot_be_had_in_int8_is_refused(tiny_model):
+    config = EngineConfig(model=tiny_model, device="cpu", quantization="int8")
+    with pytest.raises(LoadError, match="not made in int8"):
+        EncoderModel.load(config)
+
+
+def test_a_model_with_damaged_weights_is_refused(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="numbers that are none"):
+        Solo(tmp_path, quantization="int8")

@@ -92,6 +92,8 @@ class EncoderModel:
     ) -> EncoderModel:
         """The encoder in this folder, on the device; LoadError if it cannot be run."""
         check_folder(config.model)
+        if config.quantization is not None:
+            raise LoadError(f"{config.model.name} makes vectors, which are not made in int8 here")
         pooling = pooling_of(config.model)
         device = device_of(config.device)
         use_threads(config, device)

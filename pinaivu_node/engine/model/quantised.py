@@ -6,7 +6,9 @@ AMX multiplies, and all where it does not, since eight are too few for the few l
 Norms, biases, attention, keys and values, and experts that are not linear layers stay as they are.
 
 A layer comes in two shapes.  `Int8Linear` computes like torch, so that transformers' own forward
-can be run on the very weights that will be served; `fuse` then packs it for a kernel.
+can be run on the very weights that will be served; on a CPU, `fuse` then packs it for a kernel.  On
+a GPU it stays, and the same weights are served: memory is saved there and time is not, since each
+step writes them out as bfloat16 first.  torchao's int8 would be other numbers under one name.
 """
 
 from __future__ import annotations
@@ -69,7 +71,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, in_features] to […, out_features]."""
-        return linear(x, self.rows.as_float(x.dtype), self.bias)
+        if x.dtype is not torch.bfloat16:
+            return linear(x, self.rows.as_float(x.dtype), self.bias)
+        # Of bfloat16's eight bits the values need no more, but the scales would lose theirs.
+        product = linear(x, self.rows.values.bfloat16()).float() * self.rows.scales
+        return (product if self.bias is None else product + self.bias).bfloat16()
 
 
 class Int8Embedding(nn.Module):
