@@ -77,6 +77,9 @@ def test_the_followers_hear_of_a_step_before_the_leader_computes_it():
 def test_devices_are_checked_before_processes_are_started(tmp_path):
     config = EngineConfig(model=tmp_path, tensor_parallel=2)
     check_devices(config, torch.device("cpu"))
+    quantised = config.model_copy(update={"quantization": "int8"})
+    with pytest.raises(LoadError, match="quantised"):
+        check_devices(quantised, torch.device("cpu"))
     with pytest.raises(LoadError, match="takes the first 2 GPUs"):
         check_devices(config, torch.device("cuda:1"))
     with pytest.raises(LoadError, match="needs as many GPUs, here are 0"):

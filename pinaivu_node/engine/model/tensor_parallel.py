@@ -116,8 +116,10 @@ class Rank:
 
 
 def check_devices(config: EngineConfig, device: torch.device) -> None:
-    """LoadError unless this device is one of as many as are to share the model."""
+    """LoadError unless this device is one of as many as are to share the model, as it is."""
     count = config.tensor_parallel
+    if config.quantization is not None:
+        raise LoadError("a quantised model is not shared among GPUs: run it on one, or as it is")
     if device.type == "cpu" and torch.cuda.is_available():
         raise LoadError("tensor_parallel takes the GPUs of a machine that has some")
     if device.index is not None:
