@@ -71,6 +71,10 @@ async def test_everything_replaced_in_the_swarm_is_there_to_replace(host):
     assert hasattr(libp2p_host.swarm_module, "_HAPPY_EYEBALLS_DELAY")
     assert hasattr(host, "_swarm_stream_handler")
     assert callable(stock._negative_peer_cache.evict)
+    upgrader = inspect.getsource(type(stock.upgrader))
+    assert "await self.security_multistream.secure_outbound(" in upgrader
+    assert "await self.security_multistream.secure_inbound(raw_conn)" in upgrader
+    assert "await self.muxer_multistream.new_conn(conn, peer_id)" in upgrader
     # The listener looks the handler up on the instance; bound early, ours would never run.
     assert "self._handle_inbound_connection(" in inspect.getsource(type(stock).listen)
 

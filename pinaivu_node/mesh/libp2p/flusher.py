@@ -7,9 +7,12 @@ otherwise idle process leaves in the same microseconds as if it had been sent at
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import trio
+
+logger = logging.getLogger(__name__)
 
 _flusher: trio.lowlevel.RunVar[Flusher] = trio.lowlevel.RunVar("flusher")
 
@@ -49,4 +52,7 @@ class Flusher(trio.abc.Instrument):
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for flush in waiting:
-                flush()
+                try:
+                    flush()
+                except Exception:  # trio would send us home, and every connection with us
+                    logger.exception("a connection could not be flushed")
