@@ -28,6 +28,7 @@ from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.model.linear import PackedLinear
 from pinaivu_node.engine.model.pretrained import (
     Progress,
+    check_config,
     device_of,
     dtype_of,
     read_model,
@@ -92,6 +93,7 @@ class EncoderModel:
     ) -> EncoderModel:
         """The encoder in this folder, on the device; LoadError if it cannot be run."""
         check_folder(config.model)
+        check_config(config.model)
         if config.quantization is not None:
             raise LoadError(f"{config.model.name} makes vectors, which are not made in int8 here")
         pooling = pooling_of(config.model)

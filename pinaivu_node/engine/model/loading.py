@@ -22,9 +22,10 @@ from pinaivu_node.engine.model.fused import fuse
 from pinaivu_node.engine.model.gpu_runner import on_gpu
 from pinaivu_node.engine.model.pretrained import (
     Progress,
+    check_config,
     device_of,
     dtype_of,
-    first_line,
+    in_a_line,
     read_model,
     read_tokenizer,
     use_threads,
@@ -95,6 +96,7 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = None) -> LoadedModel:
     """As `load`, but of a model that is shared only the part of this process."""
     check_folder(config.model)
+    check_config(config.model)
     if rank is not None and config.quantization is not None:
         raise LoadError(
             "a model that several GPUs share is not quantised: leave out one of the two"
@@ -113,7 +115,7 @@ def load_part(config: EngineConfig, progress: Progress, *, rank: Rank | None = N
     except torch.OutOfMemoryError as exc:
         raise LoadError(f"{config.model.name} does not fit in the memory of {device}") from exc
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as exc:
-        raise LoadError(f"the model in {config.model} cannot be run: {first_line(exc)}") from exc
+        raise LoadError(f"the model in {config.model} cannot be run: {in_a_line(exc)}") from exc
 
 
 def _read(config: EngineConfig, device: torch.device, rank: Rank | None) -> Any:
@@ -238,7 +240,7 @@ def _check_probe(
     except Exception as exc:
         logger.info("the layers cannot be run", exc_info=True)
         raise LoadError(
-            f"this engine does not know this architecture ({first_line(exc)}): {_ELSEWHERE}"
+            f"this engine does not know this architecture ({in_a_line(exc)}): {_ELSEWHERE}"
         ) from exc
     pool.release(sequence.blocks, now=0.0)
     error = _difference(logits, expected)
@@ -256,7 +258,7 @@ def _check_probe(
 def _window(config: EngineConfig, text_config: Any) -> int:
     """Tokens that a sequence may have at most."""
     window = min(
-        int(getattr(text_config, "max_position_embeddings", None) or 2**20),
+        int(getattr(text_config, "max_position_embeddings", 2**20)),
         config.context_window or 2**31,
     )
     for why, most in _limits(text_config):

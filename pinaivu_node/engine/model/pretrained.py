@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -13,6 +14,11 @@ from pinaivu_node.engine.model.weights import LoadError
 
 Progress = Callable[[float, str], None]
 """Told how far loading is, 0 to 1, and what comes next."""
+
+
+_MOST_SAID: Final = 300
+"""Characters of what a library says."""
+_LAYER: Final = re.compile(r"(?:layers|h|blocks)\.(\d+)\.")
 
 
 def device_of(name: str) -> torch.device:
@@ -48,6 +54,19 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def check_config(folder: Path) -> None:
+    """LoadError unless transformers makes something of the folder's config.json."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Each family has checks of its own.
+    except Exception as exc:
+        raise LoadError(
+            f"{folder / 'config.json'} makes no sense ({in_a_line(exc)}): pull the model again"
+        ) from exc
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer; LoadError if it cannot be read."""
     from transformers import AutoTokenizer
@@ -57,7 +76,7 @@ def read_tokenizer(folder: Path) -> Any:
     # What is wrong in a tokenizer.json, tokenizers says by a bare Exception.
     except Exception as exc:
         raise LoadError(
-            f"the tokenizer in {folder} cannot be read ({first_line(exc)}): pull the model again"
+            f"the tokenizer in {folder} cannot be read ({in_a_line(exc)}): pull the model again"
         ) from exc
 
 
@@ -92,7 +111,10 @@ def read_model(
         raise
     # What a config.json can provoke in transformers has no common name.
     except Exception as exc:
-        raise LoadError(f"the model in {folder} cannot be read: {first_line(exc)}") from exc
+        why = in_a_line(exc)
+        if "ignore_mismatched_sizes" in why:
+            why = "its weights have other shapes than its config.json calls for"
+        raise LoadError(f"the model in {folder} cannot be read: {why}") from exc
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
     if missing:
         raise LoadError(
@@ -100,9 +122,26 @@ def read_model(
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ", which its config.json calls for: pull the model again"
         )
+    _check_layers(model, folder, report["unexpected_keys"])
     return model.eval()
 
 
-def first_line(exc: Exception) -> str:
+def _check_layers(model: Any, folder: Path, unused: Iterable[str]) -> None:
+    """LoadError if files hold more layers than the model has: without them it is another model."""
+    prefix = f"{model.base_model_prefix}."
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name in unused:
+        layer = _LAYER.match(name.removeprefix(prefix))
+        if layer is not None and isinstance(layers, int) and int(layer[1]) >= layers:
+            raise LoadError(
+                f"the weights in {folder} hold {name}, and its config.json speaks of {layers} "
+                "layers: pull the model again"
+            )
+
+
+def in_a_line(exc: Exception) -> str:
     """What an error says, short enough for a sentence."""
-    return (str(exc).strip() or type(exc).__name__).partition("\n")[0][:300]
+    said = " ".join(str(exc).split())
+    if isinstance(exc, KeyError) or not said:  # which says no more than the key
+        said = f"{type(exc).__name__} {said}".rstrip()
+    return said if len(said) <= _MOST_SAID else said[: _MOST_SAID - 1] + "…"

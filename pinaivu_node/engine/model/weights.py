@@ -33,6 +33,13 @@ _BITS: Final = {
 }  # fmt: skip
 _COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Each layer has a tensor at least."""
+_POSITIVE: Final = frozenset(
+    {
+        *_COUNTS, "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings",
+    }
+)  # fmt: skip
+_ANY: Final = 2**62
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS: Final = (
     ("tokenizer.json",),
@@ -124,12 +131,17 @@ def check_weights(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """LoadError if a config speaks of more than its weights can be: building that takes forever."""
+    """LoadError if a config speaks of more than its weights can be: building that takes forever.
+
+    Or of less than one of anything.
+    """
     values = sum(prod(each["shape"]) for each in tensors.values())
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for name, most in (*((name, len(tensors)) for name in _COUNTS), *_sizes(part, values)):
             said = part.get(name)
+            if type(said) is int and said < 1 and name in _POSITIVE:
+                raise LoadError(f"{path} says {name} {said}, which makes no sense: {_PULL}")
             if type(said) is int and said > most:
                 raise LoadError(
                     f"{path} says {name} {said:,}, which the weights beside it are too few for: "
@@ -139,8 +151,10 @@ def _check_sizes(path: Path, config: dict[str, Any], tensors: dict[str, Any]) ->
 
 def _sizes(part: dict[str, Any], values: int) -> Iterator[tuple[str, int]]:
     for name in part:
-        if name.endswith("_size") or name.startswith("num_"):
+        if name.endswith(("_size", "_dim")) or name.startswith(("num_", "n_")):
             yield name, values
+        elif name in _POSITIVE:
+            yield name, _ANY
 
 
 def _no_weights(folder: Path) -> str:
