@@ -58,9 +58,11 @@ PURE = {
         "bidding", "dispatch", "jobs", "outbound", "pieces", "seen", "shelf", "warmth",
     ],
     "pinaivu_node.engine": [
-        "types", "text", "noise", "residency", "blocks", "sequence", "scheduler", "pace", "limits",
-        "gauge", "frames", "codec", "token_bytes", "json_scan", "call_syntax", "tagged_calls",
-        "tool_calls", "call_grammar", "dialects", "conversation",
+        "types", "limits", "gauge", "frames", "codec", "sampling.noise", "fleet.residency",
+        "batching.blocks", "batching.sequence", "batching.scheduler", "batching.pace",
+        "batching.lookup", "chat.text", "chat.token_bytes", "chat.json_scan", "chat.call_syntax",
+        "chat.tagged_calls", "chat.tool_calls", "chat.call_grammar", "chat.dialects",
+        "chat.conversation",
     ],
     "pinaivu_gateway": [
         "jobs", "openai_schema", "translate", "sse", "keys", "errors", "failover", "awards",
