@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -64,9 +64,9 @@ async def _round(plan: Plan) -> dict[str, float]:
     config = EngineConfig(model=plan.model, device="cpu", threads=plan.cores.threads)
     with tempfile.TemporaryDirectory(prefix="pnv-") as folder, _stamping(folder) as stamps:
         async with pinned_engine(config, plan.cores) as engine:
-            idle = await _ticks_while(lambda: trio.sleep(1.0 if plan.quick else 3.0))
+            idle = await _ticks_while(trio.sleep, 1.0 if plan.quick else 3.0)
             arrivals: dict[tuple[str, int], int] = {}
-            busy = await _ticks_while(lambda: _saturate(engine, tokens, arrivals))
+            busy = await _ticks_while(_saturate, engine, tokens, arrivals)
         ages = [
             arrivals[key] - left for key, left in _read_stamps(stamps).items() if key in arrivals
         ]
@@ -93,7 +93,7 @@ async def pinned_engine(config: EngineConfig, cores: Cores) -> AsyncIterator[Pro
         pin(os.getpid(), tuple(before))
 
 
-async def _ticks_while(work: Any) -> list[float]:
+async def _ticks_while(work: Callable[..., Awaitable[None]], *arguments: Any) -> list[float]:
     """Seconds by which a timer that is due every two milliseconds is late, until the work ends."""
     late: list[float] = []
 
@@ -106,7 +106,7 @@ async def _ticks_while(work: Any) -> list[float]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tick)
-        await work()
+        await work(*arguments)
         nursery.cancel_scope.cancel()
     return late
 
@@ -135,7 +135,7 @@ def _stamping(folder: str) -> Iterator[Path]:
     command = process._COMMAND  # noqa: SLF001 - there is no other way to start another program
     os.environ[STAMPS] = str(stamps)
     program = str(Path(__file__).with_name("stamped_child.py"))
-    process._COMMAND = (sys.executable, "-P", program)  # type: ignore[misc]  # noqa: SLF001
+    process._COMMAND = (sys.executable, "-P", "-B", program)  # type: ignore[misc]  # noqa: SLF001
     try:
         yield stamps
     finally:
@@ -145,45 +145,8 @@ def _stamping(folder: str) -> Iterator[Path]:
 
 def _read_stamps(path: Path) -> dict[tuple[str, int], int]:
     """When each request's so many-th token was let go of."""
-    stamps = {}
+    stamps: dict[tuple[str, int], int] = {}
     for line in path.read_text().splitlines():
         left, name, total = line.split()
         stamps.setdefault((name, int(total)), int(left))
     return stamps
-
-
-# --- loading --------------------------------------------------------------------------------------
-
-
-def loading(plan: Plan) -> Measured:
-    """A new process until it is ready, and the loading alone."""
-    figures: dict[str, list[float]] = {"start_to_ready_s": [], "load_s": []}
-    config = EngineConfig(model=plan.model, device="cpu", threads=plan.cores.threads)
-    for number in range(max(3, plan.rounds)):
-        note(f"loading: round {number + 1}")
-        ready, load = trio.run(_load, config)
-        figures["start_to_ready_s"].append(ready)
-        figures["load_s"].append(load)
-    return figures, [
-        row("converted model loaded, after imports", figures["load_s"], at_most(3), unit="s"),
-        row("engine process from start to ready", figures["start_to_ready_s"], unit="s"),
-    ]
-
-
-async def _load(config: EngineConfig) -> tuple[float, float]:
-    began = time.monotonic()
-    first_words = 0.0
-    async with open_engine(config) as engine, trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            nonlocal first_words
-            # Progress is above nothing only once its imports are done and the tokenizer is read.
-            while engine.statistics().load_progress == 0:
-                await trio.sleep(0.005)
-            first_words = time.monotonic()
-
-        nursery.start_soon(watch)
-        await engine.wait_ready()
-        ready = time.monotonic()
-        nursery.cancel_scope.cancel()
-    return ready - began, ready - first_words

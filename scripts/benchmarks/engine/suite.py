@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.benchmarks.engine import beside, company, decode, through
+from scripts.benchmarks.engine import beside, company, decode, loading, through
 from scripts.benchmarks.engine.cores import share_out
 from scripts.benchmarks.engine.environments import note
 from scripts.benchmarks.engine.figures import Row
@@ -30,7 +30,7 @@ _MEASURES: Final[dict[str, Callable[[Plan], tuple[dict[str, Any], list[Row]]]]] 
     "constraint": company.constraint,
     "speculation": company.speculation,
     "beside": beside.beside,
-    "loading": beside.loading,
+    "loading": loading.loading,
     "network": through.network,
 }
 PARTS: Final = tuple(_MEASURES)

@@ -23,7 +23,7 @@ from pinaivu_node.engine.types import ChatMessage, GenerationRequest, SamplingPa
 from scripts.benchmarks import http_streams
 from scripts.benchmarks.engine.beside import pinned_engine
 from scripts.benchmarks.engine.contenders.turns import descendants
-from scripts.benchmarks.engine.cores import Cores, pin
+from scripts.benchmarks.engine.cores import Cores, CoreTime, pin
 from scripts.benchmarks.engine.environments import note
 from scripts.benchmarks.engine.figures import Row, at_least, missing, ratios, row
 from scripts.benchmarks.engine.plan import Plan
@@ -43,17 +43,24 @@ def network(plan: Plan) -> tuple[dict[str, Any], list[Row]]:
         figures = trio.run(_measure, plan)
     finally:
         pin(os.getpid(), tuple(before))
-    through, alone = figures["through_tokens_per_s"], figures["alone_tokens_per_s"]
+    through, alone = figures["through_tokens_per_core_s"], figures["alone_tokens_per_core_s"]
+    on_the_clock = ratios(figures["through_tokens_per_s"], figures["alone_tokens_per_s"])
     return figures, [
-        row("16 streams from the engine", alone, unit="tokens/s"),
-        row("16 streams through the network", through, unit="tokens/s"),
+        row("16 streams from the engine", alone, unit="tokens/core s"),
+        row("16 streams through the network", through, unit="tokens/core s"),
         row("through the network ÷ engine", ratios(through, alone), _SHARE, unit="×"),
+        row("… on the clock, others' work included", on_the_clock, unit="×"),
     ]
 
 
 async def _measure(plan: Plan) -> dict[str, list[float]]:
     tokens = 48 if plan.quick else 192
-    figures: dict[str, list[float]] = {"through_tokens_per_s": [], "alone_tokens_per_s": []}
+    figures: dict[str, list[float]] = {
+        "alone_tokens_per_s": [],
+        "alone_tokens_per_core_s": [],
+        "through_tokens_per_s": [],
+        "through_tokens_per_core_s": [],
+    }
     config = EngineConfig(model=plan.model, device="cpu", threads=plan.cores.threads)
     with tempfile.TemporaryDirectory(prefix="pnv-") as home:
         async with pinned_engine(config, plan.cores) as engine:
@@ -67,31 +74,49 @@ async def _measure(plan: Plan) -> dict[str, list[float]]:
                 threads=plan.cores.threads,
             )
             async with open_devnet(devnet) as net:
-                _pin_engines(net.processes["providers"], plan.cores)
+                child = _engine_of(net.processes["providers"][0])
+                pin(child, plan.cores.engine)
                 port, key = httpx.URL(net.base_url).port or 80, net.api_key
                 for number in range(plan.rounds + 1):
                     note(f"network: round {number} of {plan.rounds}")
-                    alone = await _alone(engine, number, tokens)
-                    through = await _through(port, key, plan.name, number=number, tokens=tokens)
+                    alone = _Clocks(engine.pid or 0, plan.cores)
+                    alone.stop(await _alone(engine, number, tokens))
+                    through = _Clocks(child, plan.cores)
+                    through.stop(await _through(port, key, plan.name, number=number, tokens=tokens))
                     if number:  # the first warms both
-                        figures["alone_tokens_per_s"].append(alone)
-                        figures["through_tokens_per_s"].append(through)
+                        figures["alone_tokens_per_s"].append(alone.per_second)
+                        figures["through_tokens_per_s"].append(through.per_second)
+                        figures["alone_tokens_per_core_s"].append(alone.per_core_second)
+                        figures["through_tokens_per_core_s"].append(through.per_core_second)
     return figures
 
 
-def _pin_engines(providers: list[int], cores: Cores) -> None:
-    for provider in providers:
-        for pid in descendants(provider):
-            if _ENGINE in Path(f"/proc/{pid}/cmdline").read_bytes():
-                pin(pid, cores.engine)
+class _Clocks:
+    """From the first request to the last token."""
+
+    def __init__(self, engine: int, cores: Cores) -> None:
+        self._core_time = CoreTime(engine, cores.engine)
+        self._began = time.perf_counter()
+
+    def stop(self, tokens: int) -> None:
+        """So many tokens are there."""
+        self.per_second = tokens / (time.perf_counter() - self._began)
+        self.per_core_second = tokens / self._core_time.seconds()
+
+
+def _engine_of(provider: int) -> int:
+    for pid in descendants(provider):
+        if _ENGINE in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise RuntimeError("the provider has no engine process")
 
 
 def _prompt(number: int, stream: int) -> str:
     return f"Write a long text about the number {1000 * number + stream}."
 
 
-async def _alone(engine: ProcessEngine, number: int, tokens: int) -> float:
-    """Tokens per second, first request to last token."""
+async def _alone(engine: ProcessEngine, number: int, tokens: int) -> int:
+    """Ask the engine for 16 answers; how many tokens came."""
     made = 0
 
     async def stream(place: int) -> None:
@@ -103,14 +128,13 @@ async def _alone(engine: ProcessEngine, number: int, tokens: int) -> float:
             async for event in events:
                 made += len(event.token_ids)
 
-    began = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for place in range(STREAMS):
             nursery.start_soon(stream, place)
-    return made / (time.perf_counter() - began)
+    return made
 
 
-async def _through(port: int, key: str, model: str, *, number: int, tokens: int) -> float:
+async def _through(port: int, key: str, model: str, *, number: int, tokens: int) -> int:
     """As `_alone`, from the gateway."""
     made = 0
 
@@ -132,8 +156,7 @@ async def _through(port: int, key: str, model: str, *, number: int, tokens: int)
             raise RuntimeError(f"no usage in {received[-300:]!r}")
         made += int(counts[-1])
 
-    began = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for place in range(STREAMS):
             nursery.start_soon(stream, place)
-    return made / (time.perf_counter() - began)
+    return made

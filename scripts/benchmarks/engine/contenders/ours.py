@@ -11,7 +11,6 @@ from scripts.benchmarks.engine.contenders import prose
 from scripts.benchmarks.engine.contenders.turns import (
     Handler,
     Stamps,
-    cpu_seconds,
     prompts,
     take_turns,
 )
@@ -57,7 +56,7 @@ class Loop:
         self._frames.clear()
 
     def ask(self, name: str, prompt: Any, *, tokens: int, **more: Any) -> None:
-        """Put a greedy request into the loop; RuntimeError if it is refused."""
+        """Put a greedy request into the loop; ValueError if it is refused."""
         from pinaivu_node.engine.batching.preparation import Prepared
         from pinaivu_node.engine.types import GenerationRequest, SamplingParams
 
@@ -65,7 +64,9 @@ class Loop:
         request = GenerationRequest(name, prompt, sampling, **more)
         prepared = self._preparation.prepare(request)
         if not isinstance(prepared, Prepared):
-            raise RuntimeError(f"{name} is refused: {prepared.reason}")
+            raise ValueError(  # noqa: TRY004 - it is the request that is wrong
+                f"{name} is refused: {prepared.reason}"
+            )
         self._loop.obey(prepared)
 
     def cancel(self, name: str) -> None:
@@ -108,78 +109,86 @@ class Loop:
         return stamps.since(0)
 
 
-def load(settings: dict[str, Any]) -> dict[str, Handler]:
-    """The model in its folder, and everything that is measured of it alone."""
-    import torch
+class Orders:
+    """Everything that is measured of one loop alone."""
 
-    torch.set_num_threads(settings["threads"])
-    loop = Loop(settings)
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._loop = Loop(settings)
 
-    def decode(*, batch: int, tokens: int, length: int, seed: int) -> dict[str, Any]:
+    def decode(self, *, batch: int, tokens: int, length: int, seed: int) -> dict[str, Any]:
+        """Prompts without sense, and what is made once all of them stream."""
         for number, prompt in enumerate(prompts(batch, length=length, seed=seed)):
-            loop.ask(f"r{number}", tuple(prompt), tokens=tokens)
-        return loop.run(batch)
+            self._loop.ask(f"r{number}", tuple(prompt), tokens=tokens)
+        return self._loop.run(batch)
 
-    def loading() -> dict[str, Any]:
-        return {"wall_s": loop.load_seconds, "cpu_s": loop.load_cpu_seconds}
+    def loading(self) -> dict[str, Any]:
+        """How long this process took to load the model, after its imports."""
+        return {"wall_s": self._loop.load_seconds, "cpu_s": self._loop.load_cpu_seconds}
 
-    def first_token(*, shared: int, own: int, seed: int) -> dict[str, Any]:
+    def first_token(self, *, shared: int, own: int, seed: int) -> dict[str, Any]:
         """Cold, then warm: two prompts that begin alike."""
         head, *tails = prompts(3, length=shared, seed=seed)
         seconds = []
         for number, tail in enumerate(tails):
-            began = cpu_seconds()
-            loop.ask(f"f{number}", (*head, *tail[:own]), tokens=1)
-            while loop.busy:
-                loop.step()
-            seconds.append(cpu_seconds() - began)
+            began = time.process_time()
+            self._loop.ask(f"f{number}", (*head, *tail[:own]), tokens=1)
+            while self._loop.busy:
+                self._loop.step()
+            seconds.append(time.process_time() - began)
         return {"cold_s": seconds[0], "warm_s": seconds[1]}
 
-    def joining(*, streams: int, idle_steps: int, seed: int) -> dict[str, Any]:
+    def joining(self, *, streams: int, idle_steps: int, seed: int) -> dict[str, Any]:
         """Seconds between tokens of a stream, before and while a long prompt is computed."""
         for number, prompt in enumerate(prompts(streams, length=64, seed=seed)):
-            loop.ask(f"s{number}", tuple(prompt), tokens=4000)
-        while len(loop.step()) < streams:
+            self._loop.ask(f"s{number}", tuple(prompt), tokens=4000)
+        while len(self._loop.step()) < streams:
             pass
-        idle = [_timed_step(loop)[0] for _ in range(idle_steps)]
+        idle = [_timed_step(self._loop)[0] for _ in range(idle_steps)]
         (long,) = prompts(1, length=LONG_TOKENS, seed=seed + 1)
-        loop.ask("long", tuple(long), tokens=1)
+        self._loop.ask("long", tuple(long), tokens=1)
         joined: list[float] = []
         while True:
-            seconds, got = _timed_step(loop)
+            seconds, got = _timed_step(self._loop)
             joined.append(seconds)
             if "long" in got:
                 break
         for number in range(streams):
-            loop.cancel(f"s{number}")
+            self._loop.cancel(f"s{number}")
         return {"idle_s": idle, "joined_s": joined}
 
-    def constrained(*, batch: int, tokens: int, bound: int) -> dict[str, Any]:
+    def constrained(self, *, batch: int, tokens: int, bound: int) -> dict[str, Any]:
         """`bound` of the streams under a JSON schema."""
         for number in range(batch):
             more = {"constraint": prose.constraint()} if number < bound else {}
-            loop.ask(f"c{number}", prose.chat(prose.LISTS[number]), tokens=tokens, **more)
-        return loop.run(batch)
+            self._loop.ask(f"c{number}", prose.chat(prose.LISTS[number]), tokens=tokens, **more)
+        return self._loop.run(batch)
 
-    def talk(*, kind: str, batch: int, tokens: int) -> dict[str, Any]:
+    def talk(self, *, kind: str, batch: int, tokens: int) -> dict[str, Any]:
         """Prose that is new, or that repeats what is in the prompt."""
         for number in range(batch):
-            loop.ask(f"t{number}", prose.chat(prose.KINDS[kind][number]), tokens=tokens)
-        return loop.run(batch)
+            self._loop.ask(f"t{number}", prose.chat(prose.KINDS[kind][number]), tokens=tokens)
+        return self._loop.run(batch)
 
-    def bandwidth() -> dict[str, Any]:
+    def bandwidth(self) -> dict[str, Any]:
+        """Of the core that this process is on."""
         from scripts.benchmarks.engine.contenders.bandwidth import read_bandwidth
 
         return {"bytes_per_s": read_bandwidth()}
 
-    handlers = (decode, loading, first_token, joining, constrained, talk, bandwidth)
-    return {handler.__name__: handler for handler in handlers}
+
+def load(settings: dict[str, Any]) -> dict[str, Handler]:
+    """The model in its folder."""
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    orders = Orders(settings)
+    return {name: getattr(orders, name) for name in vars(Orders) if not name.startswith("_")}
 
 
 def _timed_step(loop: Loop) -> tuple[float, dict[str, int]]:
-    began = cpu_seconds()
+    began = time.process_time()
     got = loop.step()
-    return cpu_seconds() - began, got
+    return time.process_time() - began, got
 
 
 if __name__ == "__main__":

@@ -32,29 +32,33 @@ class Stamps:
     def __init__(self) -> None:
         self._stamps: list[tuple[float, float, int]] = []
         self._tokens = 0
+        self._by_children = _by_children()
 
     def stamp(self, tokens: int) -> None:
         """A step is over that brought so many tokens."""
         self._tokens += tokens
-        self._stamps.append((cpu_seconds(), time.perf_counter(), self._tokens))
+        self._stamps.append((time.process_time(), time.perf_counter(), self._tokens))
 
     def since(self, first: int = 0) -> dict[str, Any]:
         """What was made after step `first`, and in how much time."""
-        (cpu, wall, tokens), (last_cpu, last_wall, last_tokens) = (
-            self._stamps[first],
-            self._stamps[-1],
-        )
+        cpu, wall, tokens = self._stamps[first]
+        last_cpu, last_wall, last_tokens = self._stamps[-1]
+        # Looking for children takes long, so it is not done at each step.
+        by_children = _by_children() - self._by_children
         return {
             "tokens": last_tokens - tokens,
-            "cpu_s": last_cpu - cpu,
+            "cpu_s": last_cpu - cpu + by_children,
             "wall_s": last_wall - wall,
         }
 
 
 def cpu_seconds() -> float:
     """CPU time of this process, all its threads, and its children that live."""
-    own = time.process_time()
-    return own + sum(_cpu_seconds_of(child) for child in descendants(os.getpid()))
+    return time.process_time() + _by_children()
+
+
+def _by_children() -> float:
+    return sum(cpu_seconds_of(child) for child in descendants(os.getpid()))
 
 
 def descendants(pid: int) -> list[int]:
@@ -70,7 +74,8 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _cpu_seconds_of(pid: int) -> float:
+def cpu_seconds_of(pid: int) -> float:
+    """Of another process, in ticks of 10 ms; 0 if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
