@@ -23,6 +23,7 @@ from pinaivu_node.models.catalogue import (
 )
 from pinaivu_node.models.convert import convert
 from pinaivu_node.models.errors import ModelDamaged, ModelMissing, PullFailed
+from pinaivu_node.models.gguf_header import check_gguf
 from pinaivu_node.models.hub import Hub, HubFile
 from pinaivu_node.models.manifest import (
     MANIFEST,
@@ -192,6 +193,7 @@ def _pull_path(store: ModelStore, path: Path, *, progress: Progress) -> Installe
     if gguf is None:
         return store.resolve(str(path) if is_path(str(path)) else f"./{path}")
     folder = store.local_place(gguf)
+    check_gguf(gguf)
     with store.lock(folder.name), _disk_errors(store.root):
         progress.step(f"reading {gguf.name}", total=gguf.stat().st_size)
         digest = file_digest(gguf, advance=progress.advance)

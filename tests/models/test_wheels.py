@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -204,10 +206,30 @@ def test_a_gguf_file_of_ones_own_is_converted_once(store, tiny_gguf):
 
 
 @pytest.mark.live
-def test_a_file_that_is_no_gguf_is_refused(store, tmp_path):
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(PullFailed, match="cannot be converted"):
-        pull(store, str(broken), progress=SilentProgress())
+def test_a_converted_file_says_what_the_file_says(store, tiny_gguf):
+    """Llama's queries and keys lie otherwise in GGUF: the values of the folder are read back."""
+    from gguf import GGUFReader
+    from safetensors.numpy import load_file
+
+    folder = pull(store, str(tiny_gguf), progress=SilentProgress()).folder
+    tensors = load_file(folder / "model.safetensors")
+    written = {tensor.name: tensor.data for tensor in GGUFReader(tiny_gguf).tensors}
+    assert (tensors["model.embed_tokens.weight"] == written["token_embd.weight"]).all()
+    assert (tensors["model.layers.0.mlp.up_proj.weight"] == written["blk.0.ffn_up.weight"]).all()
+    keys = tensors["model.layers.0.self_attn.k_proj.weight"]
+    assert sorted(keys.flat) == sorted(written["blk.0.attn_k.weight"].flat)
+    shutil.copy(tiny_gguf, other := store.root / "Other.gguf")
+    with other.open("r+b") as file:  # the same length, other weights
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    assert pull(store, str(other), progress=SilentProgress()).folder != folder
+
+
+@pytest.mark.live
+def test_an_architecture_that_nothing_converts_is_refused(store, tmp_path, tiny_gguf):
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(tiny_gguf.read_bytes().replace(b"llama", b"sparo"))
+    with pytest.raises(PullFailed, match="architecture sparo is not supported"):
+        pull(store, str(strange), progress=SilentProgress())
     with pytest.raises(ModelMissing):
-        store.resolve(str(broken))
+        store.resolve(str(strange))
