@@ -68,7 +68,7 @@ async def _round(plan: Plan) -> dict[str, float]:
             arrivals: dict[tuple[str, int], int] = {}
             busy = await _ticks_while(_saturate, engine, tokens, arrivals)
         ages = [
-            arrivals[key] - left for key, left in _read_stamps(stamps).items() if key in arrivals
+            arrivals[key] - left for key, left in read_stamps(stamps).items() if key in arrivals
         ]
     return {
         "idle_delay_p99_ms": 1000 * quantile(idle, 0.99),
@@ -143,7 +143,7 @@ def _stamping(folder: str) -> Iterator[Path]:
         del os.environ[STAMPS]
 
 
-def _read_stamps(path: Path) -> dict[tuple[str, int], int]:
+def read_stamps(path: Path) -> dict[tuple[str, int], int]:
     """When each request's so many-th token was let go of."""
     stamps: dict[tuple[str, int], int] = {}
     for line in path.read_text().splitlines():

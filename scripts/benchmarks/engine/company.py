@@ -5,6 +5,7 @@ All in the engine's own process and in CPU time, so that a busy machine does not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from scripts.benchmarks.engine.contender import OURS, Contender, Kind, contending
@@ -17,8 +18,8 @@ SHARED_TOKENS: Final = 512
 OWN_TOKENS: Final = 16
 STREAMS: Final = 8
 _DTYPE: Final = "float32"
-_PLAIN: Final = Kind("ours", settings={"config": {"stretch": 100, "speculate": 0}})
-_GUESSING: Final = Kind("ours", settings={"config": {"stretch": 100}})
+_PLAIN: Final = replace(OURS, settings={"config": {"stretch": 100, "speculate": 0}})
+_GUESSING: Final = replace(OURS, settings={"config": {"stretch": 100}})
 Measured = tuple[dict[str, Any], list[Row]]
 
 

@@ -28,12 +28,14 @@ class Kind:
     """An engine, and how it is to be set up."""
 
     module: str
+    """What to run; its `main` takes turns (see `contenders.turns`)."""
     environment: Environment | None = None
     """None: our own."""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-OURS: Final = Kind("ours")
+CONTENDERS: Final = "scripts.benchmarks.engine.contenders"
+OURS: Final = Kind(f"{CONTENDERS}.ours")
 
 
 class Contender:
@@ -93,7 +95,6 @@ def contending(
         **kind.settings,
         **settings,
     }
-    module = f"scripts.benchmarks.engine.contenders.{kind.module}"
     environment = os.environ | {
         "OMP_NUM_THREADS": str(cores.threads),
         "MKL_NUM_THREADS": str(cores.threads),
@@ -103,7 +104,7 @@ def contending(
     with (
         tempfile.NamedTemporaryFile(suffix=".log") as log,
         subprocess.Popen(
-            [python, "-m", module, json.dumps(told)],
+            [python, "-m", kind.module, json.dumps(told)],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from scripts.benchmarks.engine import environments
-from scripts.benchmarks.engine.contender import OURS, Contender, Kind, contending
+from scripts.benchmarks.engine.contender import CONTENDERS, OURS, Contender, Kind, contending
 from scripts.benchmarks.engine.environments import Unavailable, note
 from scripts.benchmarks.engine.figures import Row, Target, at_least, missing, ratios, row, turns
 from scripts.benchmarks.engine.gguf_file import write_gguf
@@ -28,13 +28,13 @@ VLLM: Final = "vLLM eager"
 COMPILED: Final = "vLLM compiled"
 LLAMA_CPP: Final = "llama.cpp"
 KINDS: Final[Mapping[str, Kind]] = {
-    PINAIVU: Kind("ours", settings={"config": _PLAIN}),
-    INT8: Kind("ours", settings={"config": {**_PLAIN, "quantization": "int8"}}),
-    GENERATE: Kind("transformers_generate"),
-    BATCHING: Kind("transformers_batching"),
-    VLLM: Kind("vllm_cpu", environments.VLLM),
-    COMPILED: Kind("vllm_cpu", environments.VLLM, {"compiled": True}),
-    LLAMA_CPP: Kind("llama_cpp", environments.LLAMA_CPP),
+    PINAIVU: replace(OURS, settings={"config": _PLAIN}),
+    INT8: replace(OURS, settings={"config": {**_PLAIN, "quantization": "int8"}}),
+    GENERATE: Kind(f"{CONTENDERS}.transformers_generate"),
+    BATCHING: Kind(f"{CONTENDERS}.transformers_batching"),
+    VLLM: Kind(f"{CONTENDERS}.vllm_cpu", environments.VLLM),
+    COMPILED: Kind(f"{CONTENDERS}.vllm_cpu", environments.VLLM, {"compiled": True}),
+    LLAMA_CPP: Kind(f"{CONTENDERS}.llama_cpp", environments.LLAMA_CPP),
 }
 OPPONENTS: Final = tuple(name for name in KINDS if name != PINAIVU)
 QUICK_OPPONENTS: Final = tuple(name for name in OPPONENTS if KINDS[name].environment is None)
@@ -229,6 +229,3 @@ def _gguf(folder: Path, dtype: str) -> str:
     target = environments.cache_folder() / f"{key}-{dtype}.gguf"
     write_gguf(folder, target, dtype=dtype)
     return str(target)
-
-
-__all__ = ["KINDS", "OPPONENTS", "OURS", "QUICK_OPPONENTS", "Rates", "measure", "rows_of"]

@@ -47,8 +47,8 @@ class Environment:
         shutil.rmtree(self._folder, ignore_errors=True)
         note(f"installing {self.requirement} into {self._folder} ({self.size}) …")
         began = time.monotonic()
-        self._run([sys.executable, "-m", "venv", str(self._folder)])
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        self._run([sys.executable, "-m", "venv", "--without-pip", str(self._folder)])
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
         self._run([*pip, "install", "--only-binary=:all:", self.requirement])
         if self.unwanted:
             self._run([*pip, "uninstall", "--yes", *self.unwanted])
