@@ -191,7 +191,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path):
 @pytest.mark.parametrize(
     ("headers", "content", "status"),
     [
-        ({"content-encoding": "gzip"}, gzip.compress(b"{}"), 415),
+        ({"content-encoding": "gzip"}, gzip.compress(b"{}", mtime=0), 415),
         ({"content-type": "application/x-www-form-urlencoded"}, b"{}", 415),
         ({"content-type": "multipart/form-data; boundary=x"}, b"{}", 415),
         ({"content-type": "application/json; charset=utf-16"}, b"{}", 400),

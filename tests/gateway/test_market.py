@@ -262,7 +262,7 @@ async def test_the_time_that_the_client_gave_is_kept(place: Place, autojump_cloc
         {"gateway": peer_of("stranger")},
         {"signer": signer_of("stranger")},
     ],
-    ids=str,
+    ids=["output", "input", "text", "model", "token", "gateway", "signer"],
 )
 async def test_a_proof_that_does_not_fit_breaks_the_answer_and_the_provider_off(
     place: Place, autojump_clock, lie: dict
