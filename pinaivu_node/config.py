@@ -87,12 +87,23 @@ class ProviderSettings(_Settings):
     context_window: Annotated[int, Field(ge=16)] | None = None
     """Of the server at `engine_url`: its API does not tell."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on a CPU."""
     tensor_parallel: Annotated[int, Field(ge=1, le=16)] = 1
     """GPUs of this machine that share each model."""
     quantization: Literal["int8"] | None = None
     """int8: run the models in eight bits, and sell them as such: `smollm2:135m-int8`."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of the engine; None: as many as there are cores."""
+    """CPU threads of the engine; None: as many as there are cores, less one for all else."""
+    max_running: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Answers at once; None: 16 on a CPU, 64 on a GPU."""
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory for keys and values of each model; None: a tenth of the machine's on a CPU, what
+    `memory_fraction` leaves beside the weights on a GPU."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of a GPU's memory, for weights, cache and work space together."""
+    speculate: Annotated[int, Field(ge=0, le=15)] | None = None
+    """Tokens guessed per step from what was said before; None: 8 on a CPU, none on a GPU."""
     memory_budget_gb: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     """What several models may take together, in GB, before one leaves for another; of the GPU where
     they run on one.  None: 80 % of what there is."""

@@ -196,10 +196,14 @@ def _engine_config(
     return EngineConfig(
         model=model.folder,
         device=settings.device,
+        dtype=settings.dtype,
         quantization=settings.quantization,
         tensor_parallel=settings.tensor_parallel,
         threads=settings.threads,
-        kv_cache_gb=kv_cache_gb,
+        max_running=settings.max_running,
+        kv_cache_gb=settings.kv_cache_gb or kv_cache_gb,
+        memory_fraction=settings.memory_fraction,
+        speculate=settings.speculate,
     )
 
 

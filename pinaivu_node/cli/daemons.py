@@ -66,6 +66,13 @@ def start(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16; auto: bfloat16 on CUDA, float32 on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
     tensor_parallel: Annotated[
         int | None,
         typer.Option(help="GPUs of this machine that share each model.", show_default=False),
@@ -98,6 +105,27 @@ def start(
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the engine.", show_default=False)
+    ] = None,
+    max_running: Annotated[
+        int | None,
+        typer.Option(
+            help="Answers at once; default: 16 on a CPU, 64 on a GPU.", show_default=False
+        ),
+    ] = None,
+    kv_cache_gb: Annotated[
+        float | None,
+        typer.Option(help="Memory for keys and values of each model.", show_default=False),
+    ] = None,
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(help="Of a GPU's memory, for all; default: 0.9.", show_default=False),
+    ] = None,
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens guessed per step from what was said before; default: 8 on a CPU.",
+            show_default=False,
+        ),
     ] = None,
     memory_budget_gb: Annotated[
         float | None,
