@@ -14,10 +14,13 @@ from pinaivu_node.engine.config import EngineConfig
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30
-_PROCESS: Final = 700 * _MIB
-"""An engine process before it has weights: the interpreter, torch, transformers, a tokenizer."""
+_PROCESS: Final = 500 * _MIB
+"""An engine process before it has weights: the interpreter, torch, transformers, kernels."""
+_PER_WORD: Final = 1900
+"""Bytes for each token of the vocabulary: in the tokenizer, and once more for constraints."""
 _WORK: Final = 256 * _MIB
 """Activations and logits of a step."""
+_OWN: Final = ("RssAnon:", "RssShmem:")
 _HEADER_MOST: Final = 100 * _MIB
 """What the format itself allows a header."""
 _START_S: Final = 4.0
@@ -68,9 +71,10 @@ def footprint_of(config: EngineConfig) -> Footprint:
     """An estimate for an engine of this configuration; reads the headers of its files."""
     weights = weigh(config.model)
     spare = kv_bytes(config) + _WORK
+    process = _PROCESS + _PER_WORD * _number(_read_config(config.model), "vocab_size")
     return Footprint(
         # Where several GPUs share a model, the budget is of one of them.
-        need=round(weights.values * _width(config) / config.tensor_parallel) + _PROCESS + spare,
+        need=round(weights.values * _width(config) / config.tensor_parallel) + process + spare,
         spare=spare,
         load_s=_START_S + weights.bytes_on_disk / _BYTES_PER_SECOND,
     )
@@ -94,12 +98,15 @@ def kv_bytes(config: EngineConfig) -> int:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Memory that a process has in RAM now; None where the system does not say."""
+    """Memory that a process has in RAM now; None where the system does not say.
+
+    What is mapped from a file does not count: the system takes it back when it needs it.
+    """
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(_OWN))
     except (OSError, ValueError, IndexError):
         return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def default_budget(device: str) -> int | None:
