@@ -26,6 +26,7 @@ from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
 from pinaivu_node.engine.fleet.berth import FleetModel
 from pinaivu_node.engine.fleet.fleet import FleetConfig, open_fleet
 from pinaivu_node.engine.fleet.footprint import default_budget, footprint_of, resident_bytes
+from pinaivu_node.engine.model.weights import LoadError, check_files
 from pinaivu_node.engine.openai.engine import open_openai_engine
 from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import Engine
@@ -149,10 +150,23 @@ async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> lis
 async def _open_own(
     stack: AsyncExitStack, settings: ProviderSettings, models: Sequence[InstalledModel]
 ) -> list[ServedModel]:
+    _check_one(models)
     if len(models) > 1:
         return await _open_fleet(stack, settings, models)
     engine = await stack.enter_async_context(open_engine(_engine_config(models[0], settings)))
     return [_served(models[0], engine, settings)]
+
+
+def _check_one(models: Sequence[InstalledModel]) -> None:
+    """DaemonError unless one of the models at least is whole; takes milliseconds for each."""
+    reasons = []
+    for model in models:
+        try:
+            check_files(model.folder)
+        except LoadError as exc:
+            reasons.append(f"{model.name} cannot be served: {exc}")
+    if len(reasons) == len(models):
+        raise DaemonError("; ".join(reasons))
 
 
 async def _open_fleet(

@@ -53,7 +53,9 @@ def check_request(request: GenerationRequest, *, vocabulary: int) -> None:
     if request.tools is not None:
         check_tools(request.tools)
     if request.constraint is not None:
-        _at_most(len(request.constraint.text), MAX_CONSTRAINT_CHARACTERS, "constraint's characters")
+        _at_most(
+            len(request.constraint.text), MAX_CONSTRAINT_CHARACTERS, "characters of a constraint"
+        )
         _need(
             request.tools is None or request.tools.choice is not ToolChoice.REQUIRED,
             "An answer cannot both match a constraint and be a tool call.",

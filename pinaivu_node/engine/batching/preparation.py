@@ -111,8 +111,9 @@ class Preparation:
             if not 0 <= token_id < self._model.vocabulary:
                 raise PromptRefused(f"Token id {token_id} is not in the model's vocabulary.")
         # The answer needs room for one token at least.
-        if len(prompt) + len(request.resume_token_ids) >= window:
-            raise PromptRefused(too_long(window, len(prompt)))
+        given = len(prompt) + len(request.resume_token_ids)
+        if given >= window:
+            raise PromptRefused(too_long(window, given))
 
     def _answer(
         self, request: GenerationRequest, prompt: Ids[int], index: int, matcher: Matcher | None
