@@ -13,8 +13,8 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on, for a peer behind NAT."""
     hub: bool = False
-    """Whether everybody dials us.  A hub keeps a gossip degree above the number of its
-    neighbours: gossipsub prunes a star down to its degree and then loses most messages."""
+    """Whether everybody dials us.  A hub passes gossip on to all its neighbours: gossipsub prunes a
+    star down to a handful and then loses most messages."""
 
     max_connections: PositiveInt = 1024
     """All connections together; each costs about 40 KiB and a file descriptor."""

@@ -10,10 +10,15 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from scripts.benchmarks import mesh, network
+from scripts.benchmarks import gossip, mesh, network
 from scripts.benchmarks.engine import suite as engine
 
-SUBJECTS: Final[dict[str, Any]] = {"network": network, "mesh": mesh, "engine": engine}
+SUBJECTS: Final[dict[str, Any]] = {
+    "network": network,
+    "mesh": mesh,
+    "gossip": gossip,
+    "engine": engine,
+}
 """Each module has PARTS and `measure`, which returns figures with a list of `targets`; one that
 offers more options than `--only` has `add_options`, and `measure` takes them by name."""
 

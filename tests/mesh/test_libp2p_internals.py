@@ -122,6 +122,7 @@ def test_everything_overridden_in_pubsub_is_called_by_it():
         "self.push_msg",
         "self.handle_sending_messages, peer_id, stream, queue",
         "self.notify_subscriptions(",
+        "self.handle_subscription(",
         "self._handle_dead_peer(",
         "self._peer_is_connected(",
         "self.get_hello_packet()",
@@ -131,6 +132,14 @@ def test_everything_overridden_in_pubsub_is_called_by_it():
         "self.seen_messages",
     ):
         assert call in source, call
+
+
+def test_everything_overridden_in_the_router_is_called_by_it():
+    source = inspect.getsource(gossip.GossipSub)
+    for call in ("self._get_peers_to_send(", "msg_forwarder=msg_forwarder", "self.degree_high"):
+        assert call in source, call
+    publishing = inspect.getsource(gossip.Pubsub.publish)
+    assert "self.push_msg(self.host.get_id(), msg)" in publishing or "self.my_id" in publishing
 
 
 async def test_gossip_sequence_numbers_grow_over_a_restart(host):

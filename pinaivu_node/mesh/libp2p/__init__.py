@@ -28,6 +28,7 @@ upgrade moves one:
 * The resource manager's limits, breakers and "graceful degradation" act on their own account; we
   take it away and count for ourselves.
 * An exception in a handler ends the process or leaves a connection that accepts no more streams.
+* Gossip in a star reaches a third of it: whoever has many neighbours prunes them.  See `Router`.
 * A gossip message with garbage in it ends the process.
 * Gossip forgets what a live peer subscribed to, in the two cases told of in `SafePubsub`.
 * Gossip sequence numbers start at the time in seconds: a publisher that restarts repeats them, and

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from libp2p.custom_types import TProtocol
@@ -28,6 +28,8 @@ GOSSIP_PROTOCOL: Final = TProtocol("/meshsub/1.1.0")
 """1.2 announces every message to every neighbour before sending it: twice the work for 1 KiB."""
 _MAX_RPC_BYTES: Final = MAX_FRAME_BYTES + (64 << 10)
 """A gossip RPC carries the payload, its signature and the control messages beside it."""
+_MAX_TOPIC_CHARACTERS: Final = 256
+"""Ours are a prefix and a model's name.  Those of strangers are remembered."""
 
 
 class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
@@ -76,25 +78,57 @@ class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
         if self._peer_is_connected(peer_id):
             self.restart(PeerId(str(peer_id)))
 
+    def handle_subscription(self, origin_id: Any, sub_message: Any) -> None:
+        """Note what a peer listens to, if it can be a topic at all; the base bounds how many."""
+        if len(sub_message.topicid) <= _MAX_TOPIC_CHARACTERS:
+            super().handle_subscription(origin_id, sub_message)
+
     def notify_subscriptions(self, publish_message: Any) -> None:
         """Deliver straight to our inboxes: the stock queue holds 32 and drops the newest."""
         self.deliver(publish_message)
 
 
+class Router(GossipSub):  # type: ignore[misc] # untyped base
+    """Gossipsub that loses nothing in a star.
+
+    Stock, each peer sends to the half dozen neighbours of its gossip mesh and trusts them to pass
+    it on, and whoever has more neighbours prunes them down to that: where all know one hub and
+    nobody else, most are left out for a minute at a time.  So what a peer publishes itself goes to
+    every neighbour that listens (gossipsub v1.1, flood publishing), and a hub treats what it passes
+    on alike: its degree is the number of its neighbours.
+    """
+
+    hub = False
+
+    def _get_peers_to_send(
+        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
+    ) -> Iterable[ID]:
+        """Who is sent a message, which came from `msg_forwarder` and was made by `origin`."""
+        if not self.hub and msg_forwarder != self.pubsub.my_id:
+            chosen: Iterable[ID] = super()._get_peers_to_send(
+                topic_ids, msg_forwarder, origin, msg_id
+            )
+            return chosen
+        listeners = self.pubsub.peer_topics
+        peers: set[ID] = set().union(*(listeners.get(topic, ()) for topic in topic_ids))
+        return peers - {msg_forwarder, origin}
+
+
 def make_pubsub(host: Any, config: MeshConfig) -> tuple[SafePubsub, Any]:
     """Pubsub and its router, to be run beside the host."""
-    low, degree, high = (64, 256, 1024) if config.hub else (4, 6, 12)
-    router = GossipSub(
+    low, degree, high = 4, 6, 12
+    router = Router(
         [GOSSIP_PROTOCOL],
         degree=degree,
         degree_low=low,
-        degree_high=high,
+        degree_high=config.max_connections if config.hub else high,  # a hub sends nobody away
         heartbeat_initial_delay=0.1,
         heartbeat_interval=1,
         adaptive_gossip_enabled=False,  # its "health" lengthens the heartbeat to a minute
         spam_protection_enabled=False,  # drops above 10 messages a second, ours included
         eclipse_protection_enabled=False,  # wants neighbours of many IP networks
     )
+    router.hub = config.hub
     pubsub = SafePubsub(host, router, strict_signing=True, max_inbound_rpc_size=_MAX_RPC_BYTES)
     pubsub.counter = time.time_ns()
     return pubsub, router
