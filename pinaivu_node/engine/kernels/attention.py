@@ -103,22 +103,27 @@ def _ask(builder: Any, kind: Format, pointer: Any, count: int) -> None:
 def _score_tile(queries: int, width_in_vectors: int, keys_format: Format) -> Any:
     """scores[n·stride + i] = query[n] · key[i], for so many queries and vectors of positions.
 
-    `soon` is where memory like that of the keys is that will be read next.
+    Asks for the memory that is read next: as many `values`, in order, and these of the keys after
+    them, `later`.
     """
 
     @intrinsic
-    def tile(context, query, width, keys, soon, scores, stride):
+    def tile(context, query, width, keys, values, later, scores, stride):
         floats = types.CPointer(types.float32)
         elements = types.CPointer(keys_format.element)
-        signature = types.void(floats, types.int64, elements, elements, floats, types.int64)
+        signature = types.void(
+            floats, types.int64, elements, elements, elements, floats, types.int64
+        )
 
         def generate(context, b, signature, arguments):
-            query, width, keys, soon, scores, stride = arguments
+            query, width, keys, values, later, scores, stride = arguments
             rows = [at(b, query, b.mul(width, I64(n))) for n in range(queries)]
 
             def one_dimension(i, sums):
                 here = at(b, keys, b.mul(i, I64(PAGE)))
-                _ask(b, keys_format, at(b, soon, b.mul(i, I64(PAGE))), width_in_vectors)
+                next_values = at(b, values, b.mul(i, I64(LANES * width_in_vectors)))
+                _ask(b, keys_format, next_values, width_in_vectors)
+                _ask(b, keys_format, at(b, later, b.mul(i, I64(PAGE))), width_in_vectors)
                 vector = [
                     keys_format.load(b, at(b, here, I64(LANES * v)), align=keys_format.bytes)
                     for v in range(width_in_vectors)
@@ -145,21 +150,16 @@ def _score_tile(queries: int, width_in_vectors: int, keys_format: Format) -> Any
 
 
 def _value_tile(queries: int, width_in_vectors: int, values_format: Format) -> Any:
-    """output[n·width + j] += Σ weight[n·stride + i] · value[i·width + j], i below `count`.
-
-    `soon` as for `_score_tile`.
-    """
+    """output[n·width + j] += Σ weight[n·stride + i] · value[i·width + j], i below `count`."""
 
     @intrinsic
-    def tile(context, weights, stride, count, values, soon, output, width):
+    def tile(context, weights, stride, count, values, output, width):
         floats = types.CPointer(types.float32)
         elements = types.CPointer(values_format.element)
-        signature = types.void(
-            floats, types.int64, types.int64, elements, elements, floats, types.int64
-        )
+        signature = types.void(floats, types.int64, types.int64, elements, floats, types.int64)
 
         def generate(context, b, signature, arguments):
-            weights, stride, count, values, soon, output, width = arguments
+            weights, stride, count, values, output, width = arguments
             rows = [at(b, weights, b.mul(stride, I64(n))) for n in range(queries)]
             places = [
                 at(b, output, b.add(b.mul(width, I64(n)), I64(LANES * v)))
@@ -169,7 +169,6 @@ def _value_tile(queries: int, width_in_vectors: int, values_format: Format) -> A
 
             def one_position(i, sums):
                 here = at(b, values, b.mul(i, width))
-                _ask(b, values_format, at(b, soon, b.mul(i, width)), width_in_vectors)
                 vector = [
                     values_format.load(b, at(b, here, I64(LANES * v)), align=values_format.bytes)
                     for v in range(width_in_vectors)
@@ -222,17 +221,18 @@ def _scores(kind: Format) -> Any:
 
         @njit(**KERNEL)
         @variant
-        def scores_of_page(query, width, keys_at, soon_at, scores_at, stride, count):
+        def scores_of_page(query, width, keys_at, values_at, later_at, scores_at, stride, count):
             """Scores of the first `count` keys of a page, and of some after them."""
             i = 0
             while i < count:
-                keys, soon = pointer(keys_at + size * i), pointer(soon_at + size * i)
+                keys, later = pointer(keys_at + size * i), pointer(later_at + size * i)
+                values = pointer(values_at + size * i * width)
                 scores = float32_at(scores_at + 4 * i)
                 if count - i > half:
-                    large(query, width, keys, soon, scores, stride)
+                    large(query, width, keys, values, later, scores, stride)
                     i += all_positions
                 else:
-                    small(query, width, keys, soon, scores, stride)
+                    small(query, width, keys, values, later, scores, stride)
                     i += half
 
         return scores_of_page
@@ -250,17 +250,16 @@ def _values(kind: Format) -> Any:
 
         @njit(**KERNEL)
         @variant
-        def values_of_page(weights, stride, count, values_at, soon_at, output_at, width):
+        def values_of_page(weights, stride, count, values_at, output_at, width):
             """Output += the first `count` values of a page by their weights."""
             j = 0
             while j < width:
-                values, soon = pointer(values_at + size * j), pointer(soon_at + size * j)
-                output = float32_at(output_at + 4 * j)
+                values, output = pointer(values_at + size * j), float32_at(output_at + 4 * j)
                 if width - j >= many:
-                    large(weights, stride, count, values, soon, output, width)
+                    large(weights, stride, count, values, output, width)
                     j += many
                 else:
-                    small(weights, stride, count, values, soon, output, width)
+                    small(weights, stride, count, values, output, width)
                     j += LANES
 
         return values_of_page
@@ -292,15 +291,18 @@ def _attend_tile(kind: Format) -> Any:
 
     @njit(**KERNEL)
     @variant
-    def attend_tile(tile, query, output, keys_at, values_at, table, place, looks, scratch_at):
+    def attend_tile(tile, query, output, cache, table, after, place, looks, scratch_at):
         """Up to four queries of one KV head, from their first dot product to their output.
 
         tile     first of the queries among the chunk's, counting a token's heads first; how many
+        after    block table and KV head of whoever is next
         place    elements from token to token in `query` and `output`; first token of the chunk and
                  its position; first query head, heads in the group, KV head, KV heads, head_dim,
                  and that padded
         """
         begin_at, size = tile
+        keys_at, values_at = cache
+        next_table, next_head = after
         stride, dense, first, start, first_head, group, head, heads, width, padded = place
         scale, window, softcap = looks
         outputs_at = scratch_at + 4 * TILE * padded
@@ -326,10 +328,11 @@ def _attend_tile(kind: Format) -> Any:
         page_bytes = bytes_each * padded * PAGE
         for page in range(pages):
             place_in_cache = (table[begin + page] * heads + head) * page_bytes
-            keys, soon = keys_at + place_in_cache, values_at + place_in_cache
+            keys, values = keys_at + place_in_cache, values_at + place_in_cache
+            later = keys_at + (next_table[begin + page] * heads + next_head) * page_bytes
             seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
             to = scores_at + 4 * page * PAGE
-            scores_of_page(size, queries, padded, keys, soon, to, row, seen)
+            scores_of_page(size, queries, padded, keys, values, later, to, row, seen)
         for n in range(size):
             if softcap > ZERO:
                 for i in range(n * row, n * row + end):
@@ -339,11 +342,9 @@ def _attend_tile(kind: Format) -> Any:
             _softmax(scores, n * row, end, low, position + 1 - begin * PAGE, lanes)
         for page in range(pages):
             values = values_at + (table[begin + page] * heads + head) * page_bytes
-            # Most often the keys of the next head lie behind those of this one.
-            soon = keys_at + (table[begin + page] * heads + head + 1) * page_bytes
             seen = min(PAGE, newest + 1 - (begin + page) * PAGE)
             weights = float32_at(scores_at + 4 * page * PAGE)
-            values_of_page(size, weights, row, seen, values, soon, outputs_at, padded)
+            values_of_page(size, weights, row, seen, values, outputs_at, padded)
         for n in range(size):
             member = begin_at + n
             at = (first + member // group) * dense + (first_head + member % group) * width
@@ -375,16 +376,17 @@ def _attend(kind: Format) -> Any:
             table = int64_at(tables_at + 8 * row * row_pages)
             chunk = (first, count, start)
             _write(key, value, strides, keys, values, table, chunk, (heads, width, padded))
+            next_row = row if number + 1 == chunk_count else chunks[4 * number + 7]
+            next_table = int64_at(tables_at + 8 * next_row * row_pages)
             for head in range(heads):
+                after = (table, head + 1) if head + 1 < heads else (next_table, 0)
                 place = (
                     strides[0], query_heads * width, first, start,
                     head * group, group, head, heads, width, padded,
                 )  # fmt: skip
                 for begin_at in range(0, count * group, TILE):
                     tile = (begin_at, min(TILE, count * group - begin_at))
-                    attend_tile(
-                        tile, query, output, cache[0], cache[1], table, place, looks, scratch_at
-                    )
+                    attend_tile(tile, query, output, cache, table, after, place, looks, scratch_at)
 
     return attend
 
