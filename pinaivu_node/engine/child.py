@@ -10,6 +10,7 @@ The process ends when the daemon does: stdin then ends, and the reader exits on 
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -117,6 +118,14 @@ class _Heartbeat:
 
 def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) -> None:
     """Load the model and serve it; returns only if it cannot be loaded."""
+    gc.disable()  # what is made from here to readiness stays, and is walked ten times in vain
+
+    def say_or_be_ready(frame: Frame) -> None:
+        say(frame)
+        if isinstance(frame, Ready):
+            gc.freeze()
+            gc.enable()
+
     progress = _Heartbeat(say, queues.inbox)
     progress(0.0, "starting")
     from pinaivu_node.engine.model.weights import LoadError, check_files, is_encoder
@@ -126,9 +135,11 @@ def _serve(config: EngineConfig, queues: _Queues, say: Callable[[Frame], None]) 
         if is_encoder(config.model):
             from pinaivu_node.engine.model import embedding_loop
 
-            embedding_loop.serve(config, progress, inbox=queues.inbox, work=queues.work, say=say)
+            embedding_loop.serve(
+                config, progress, inbox=queues.inbox, work=queues.work, say=say_or_be_ready
+            )
         else:
-            _serve_text(config, queues, say, progress=progress)
+            _serve_text(config, queues, say_or_be_ready, progress=progress)
     except LoadError as exc:
         say(LoadFailed(str(exc)))
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn import functional
 
 from pinaivu_node.engine.kernels import amx, amx_int8, linear
 from pinaivu_node.engine.kernels.vectors import LANES
@@ -42,13 +42,14 @@ class PackedLinear(nn.Module):
     def _packed(self, layers: Sequence[nn.Linear | Int8Linear]) -> Any:
         if quantised := [layer for layer in layers if isinstance(layer, Int8Linear)]:
             self.dtype = quantised[0].dtype
-            values = torch.cat([layer.rows.values for layer in quantised])
-            scales = torch.cat([layer.rows.scales for layer in quantised])
+            values = _joined([layer.rows.values for layer in quantised])
+            scales = _joined([layer.rows.scales for layer in quantised])
             if amx.is_here():
                 return _Int8Amx(values, scales, self._bias, threads=self._threads)
             return _Int8(values, scales, self._bias)
-        weight = torch.cat([layer.weight for layer in layers if isinstance(layer, nn.Linear)])
-        weight = weight.detach()
+        weight = _joined(
+            [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+        ).detach()
         self.dtype = weight.dtype
         if weight.dtype is torch.float32:
             return _Float32(weight, self._bias, threads=self._threads)
@@ -60,10 +61,10 @@ class PackedLinear(nn.Module):
 class _Float32:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, threads: int) -> None:
         self._outputs, self._width = weight.shape
-        weight = pad(weight, (0, 0, 0, -self._outputs % LANES))
+        weight = _padded(weight, (0, 0, 0, -self._outputs % LANES))
         self._panels = len(weight) // LANES
         self._weight = _panels(weight, LANES)
-        self._bias = pad(bias, (0, len(weight) - self._outputs))
+        self._bias = _padded(bias, (0, len(weight) - self._outputs))
         self._threads = threads
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -84,10 +85,10 @@ class _BFloat16:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self._outputs, self._width = weight.shape
-        weight = pad(weight, (0, 0, 0, -self._outputs % LANES))
+        weight = _padded(weight, (0, 0, 0, -self._outputs % LANES))
         self._panels = len(weight) // LANES
         self._weight = _panels(weight, LANES)
-        self._bias = pad(bias, (0, len(weight) - self._outputs))
+        self._bias = _padded(bias, (0, len(weight) - self._outputs))
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         out = x.new_empty(rows, self._panels * LANES)
@@ -103,19 +104,19 @@ class _Amx:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, threads: int) -> None:
         self._outputs, width = weight.shape
         self._padding = -width % amx.GRAIN
-        weight = pad(weight, (0, self._padding, 0, -self._outputs % _AMX_GROUP))
+        weight = _padded(weight, (0, self._padding, 0, -self._outputs % _AMX_GROUP))
         self._width = width + self._padding
         self._groups = len(weight) // _AMX_GROUP
         pairs = weight.view(-1, amx.LANES, self._width // 2, 2)
         self._weight = pairs.transpose(1, 2).contiguous()
-        self._bias = pad(bias, (0, len(weight) - self._outputs))
+        self._bias = _padded(bias, (0, len(weight) - self._outputs))
         self._threads = threads
         self._scratch = torch.empty(threads * amx.SCRATCH_FLOATS)
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         out = x.new_empty(rows, self._groups * _AMX_GROUP)
         if self._padding:
-            x = pad(x.view(rows, -1), (0, self._padding))
+            x = _padded(x.view(rows, -1), (0, self._padding))
         arguments = (
             x.data_ptr(), rows, self._width, self._weight.data_ptr(), self._bias.data_ptr(),
             out.data_ptr(), self._groups, self._scratch.data_ptr(),
@@ -133,11 +134,11 @@ class _Int8Amx:
     ) -> None:
         self._outputs, self._width = values.shape
         missing = -self._outputs % _AMX_GROUP
-        values = pad(values, (0, -self._width % amx_int8.GRAIN, 0, missing))
+        values = _padded(values, (0, -self._width % amx_int8.GRAIN, 0, missing))
         self._groups, self._padded = len(values) // _AMX_GROUP, values.shape[1]
         fours = values.view(-1, amx.LANES, self._padded // 4, 4)
         self._weight = fours.transpose(1, 2).contiguous()
-        self._scales, self._bias = pad(scales, (0, missing)), pad(bias, (0, missing))
+        self._scales, self._bias = _padded(scales, (0, missing)), _padded(bias, (0, missing))
         self._addresses = tuple(
             each.data_ptr() for each in (self._weight, self._scales, self._bias)
         )
@@ -171,9 +172,9 @@ class _Int8:
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> None:
         self._outputs, self._width = values.shape
         missing = -self._outputs % LANES
-        self._weight = _panels(pad(values, (0, 0, 0, missing)), LANES)
-        self._scales = pad(scales, (0, missing))
-        self._bias = pad(bias / scales, (0, missing))
+        self._weight = _panels(_padded(values, (0, 0, 0, missing)), LANES)
+        self._scales = _padded(scales, (0, missing))
+        self._bias = _padded(bias / scales, (0, missing))
 
     def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         numbers = x.float()
@@ -189,6 +190,16 @@ def _bias(layer: nn.Linear | Int8Linear) -> torch.Tensor:
     if layer.bias is None:
         return torch.zeros(layer.out_features)
     return layer.bias.detach()
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As `torch.cat`, without a copy of a single one."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _padded(tensor: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
+    """As `torch.nn.functional.pad`, without a copy where nothing is added."""
+    return functional.pad(tensor, widths) if any(widths) else tensor
 
 
 def _panels(weight: torch.Tensor, lanes: int) -> torch.Tensor:
