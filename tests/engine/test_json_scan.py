@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed
+from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed, written
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -63,3 +63,23 @@ def test_nothing_follows_a_whole_value():
     assert scanner.done
     with pytest.raises(Malformed):
         scanner.push(" ")
+
+
+@given(VALUES)
+def test_what_is_written_is_what_was_read_and_has_bytes(value):
+    text = written(value)
+    text.encode()
+    assert json.loads(text) == value
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfff", "\udc00\ud800"])
+def test_half_a_surrogate_pair_is_written_as_an_escape(half):
+    text = written({half: [half, "ü"]})
+    text.encode()
+    assert json.loads(text) == {half: [half, "ü"]}
+
+
+@pytest.mark.parametrize("value", [float("inf"), [float("nan")], {1, 2}, 1j, {(1, 2): 3}], ids=str)
+def test_what_json_has_no_word_for_is_not_written(value):
+    with pytest.raises(Malformed):
+        written(value)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from pinaivu_node.engine.chat.call_syntax import deepseek_mark
 from pinaivu_node.engine.chat.dialects import SYNTAXES, Dialect, dialect_of
 from pinaivu_node.engine.chat.tool_calls import call_id
-from pinaivu_node.engine.types import Tool, ToolChoice, ToolUse
+from pinaivu_node.engine.frames import encode
+from pinaivu_node.engine.types import (
+    StepFrame,
+    TokenEvent,
+    Tool,
+    ToolCallDelta,
+    ToolChoice,
+    ToolUse,
+)
 
 from .conftest import make_tokenizer
 from .families import FAMILIES, wide
@@ -430,3 +438,27 @@ def test_special_tokens_of_a_family_are_made_visible_to_the_parser_and_to_nobody
     for use in (None, ToolUse(TOOLS, ToolChoice.NONE), ToolUse(())):
         assert dialect.visible(use) == frozenset()
     assert dialect_of(make_tokenizer()).visible(ToolUse(TOOLS)) == frozenset()
+
+
+STRANGE = [
+    ("hermes", '<tool_call>{"arguments": {"city": %s}, "name": "get_weather"}</tool_call>'),
+    ("pythonic", "[get_weather(city=%s)]"),
+    (
+        "qwen-coder",
+        "<tool_call><function=get_weather><parameter=days>%s</parameter></function></tool_call>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "form"), STRANGE, ids=str)
+@pytest.mark.parametrize("value", [r'"\ud800"', r'"\ud83d\ude00"', "1e999", "NaN"])
+def test_whatever_a_model_writes_goes_over_the_pipe_as_json(name, form, value):
+    text, calls = read(parser_of(name), [form % value])
+    frame = StepFrame((TokenEvent("r", (1,), text, 1, tool_calls=_deltas(calls)),))
+    encode(frame)
+    for _, _, arguments in calls:
+        json.loads(arguments, parse_constant=pytest.fail)
+
+
+def _deltas(calls):
+    return tuple(ToolCallDelta(at, *call) for at, call in enumerate(calls))

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
-from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed
+from pinaivu_node.engine.chat.json_scan import JsonScanner, Malformed, written
 
 T = TypeVar("T")
 Read = Generator[None, str, T]
@@ -121,7 +121,7 @@ def _object(value: Any) -> str:
         except (ValueError, RecursionError) as exc:
             raise Malformed from exc
     need(value is None or isinstance(value, dict))
-    return json.dumps(value or {}, ensure_ascii=False)
+    return written(value or {})
 
 
 class _Fields:
@@ -325,7 +325,7 @@ def pythonic(sink: Sink) -> Read[None]:
     need(all(sink.knows(name) for name, _ in calls))
     for name, arguments in calls:
         sink.begin(name)
-        sink.arguments(json.dumps(arguments, ensure_ascii=False))
+        sink.arguments(arguments)
         sink.end()
 
 
@@ -341,7 +341,7 @@ def pythonic_within(closer: str) -> Reader:
     return read
 
 
-def _python_calls(text: str) -> list[tuple[str, Mapping[str, Any]]]:
+def _python_calls(text: str) -> list[tuple[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # "\\d" is the model's, not ours
@@ -352,17 +352,15 @@ def _python_calls(text: str) -> list[tuple[str, Mapping[str, Any]]]:
         raise Malformed from exc
 
 
-def _python_call(call: ast.expr) -> tuple[str, Mapping[str, Any]]:
+def _python_call(call: ast.expr) -> tuple[str, str]:
     if not isinstance(call, ast.Call) or call.args:
         raise Malformed
     arguments = {}
     for keyword in call.keywords:
         if keyword.arg is None:
             raise Malformed
-        value = ast.literal_eval(_JsonNames().visit(keyword.value))
-        json.dumps(value)  # a set or a complex number is no argument
-        arguments[keyword.arg] = value
-    return ast.unparse(call.func), arguments
+        arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
+    return ast.unparse(call.func), written(arguments)
 
 
 class _JsonNames(ast.NodeTransformer):

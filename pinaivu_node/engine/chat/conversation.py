@@ -114,9 +114,10 @@ class Conversation:
 
     def _deep(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._plain(value)
+            # JSON can say half a surrogate pair, and no tokenizer can read one.
+            return self._plain(value.encode(errors="replace").decode())
         if isinstance(value, dict):
-            return {self._plain(key): self._deep(item) for key, item in value.items()}
+            return {self._deep(key): self._deep(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._deep(item) for item in value]
         return value

@@ -6,9 +6,10 @@ client has cannot be taken back, so nothing may be sent that no JSON value begin
 
 from __future__ import annotations
 
+import json
 import re
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
 MAX_DEPTH: Final = 128
 """Python's own reader gives up at about a thousand, other clients' earlier."""
@@ -22,6 +23,21 @@ _MAX_NUMBER: Final = 400
 
 class Malformed(Exception):
     """The text is not the beginning of what it was read as."""
+
+
+def written(value: Any) -> str:
+    """A value that was read, as JSON that any client can read and any pipe can carry.
+
+    Malformed for one that JSON has no word for: `1e999` was read as infinity, a set as a set.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: UTF-8 has no bytes for it, JSON an escape
+        return json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise Malformed from exc
+    return text
 
 
 class _Expects(Enum):

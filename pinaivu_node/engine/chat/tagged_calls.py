@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from pinaivu_node.engine.chat.call_syntax import Read, Sink, literal, need, solid, until
+from pinaivu_node.engine.chat.json_scan import written
 
 _MAX_VALUE: Final = 1 << 16
 """Characters of one argument, a file of source code say."""
@@ -39,8 +40,9 @@ def tagged(sink: Sink) -> Read[None]:
         key = tag.removeprefix("parameter=").strip()
         text, _ = yield from until("</parameter>", most=_MAX_VALUE)
         arguments[key] = _value(text.removeprefix("\n").removesuffix("\n"), properties.get(key))
+    whole = written(arguments)
     sink.begin(name)
-    sink.arguments(json.dumps(arguments, ensure_ascii=False))
+    sink.arguments(whole)
     sink.end()
     need((yield from solid()) == "<")
     yield from literal("/tool_call>")
