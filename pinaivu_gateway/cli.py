@@ -23,7 +23,7 @@ from pinaivu_gateway.config import GatewaySettings, load
 from pinaivu_gateway.keys import LONGEST_NAME, SECRET_BYTES, ApiKey, hash_of, key_of, prefix_of
 from pinaivu_gateway.store import Store, open_store
 from pinaivu_node.identity import load_or_create_seed
-from pinaivu_node.interpreter import tune_for_latency
+from pinaivu_node.interpreter import tune_for_latency, tune_for_start
 from pinaivu_node.logs import setup_logging
 from pinaivu_node.protocol.errors import LocalProtocolError
 
@@ -87,6 +87,7 @@ def serve(
     }
     settings = load(flags, os.environ)
     setup_logging(json=as_json)
+    tune_for_start()
     trio.run(_serve, settings, as_json)
 
 

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "pinaivu_node.cli": {
         "protocol", "daemon", "devnet", "verification", "evidence", "coordinator",
-        "models", "identity", "config", "control", "logs",
+        "models", "identity", "config", "control", "logs", "interpreter",
     },
     "pinaivu_gateway": {"protocol", "mesh", "identity", "models", "logs", "interpreter"},
 }  # fmt: skip

@@ -24,6 +24,7 @@ from pinaivu_node.cli import (
 )
 from pinaivu_node.config import DATA_FOLDER, CoordinatorSettings, ProviderSettings
 from pinaivu_node.identity import load_or_create_seed
+from pinaivu_node.interpreter import tune_for_start
 from pinaivu_node.logs import setup_logging
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import ModelName
@@ -141,6 +142,7 @@ def start(
     """Serve models to the network and earn for it."""
     settings = config.load(ProviderSettings, _flags(locals()), os.environ)
     setup_logging(json=as_json)
+    tune_for_start()
     from pinaivu_node.daemon import fetch_models, run_provider
 
     fetch_models(settings, console=errors)
@@ -167,6 +169,7 @@ def coordinate(
     """Hold auctions, keep the ledger, write the receipts."""
     settings = config.load(CoordinatorSettings, _flags(locals()), os.environ)
     setup_logging(json=as_json)
+    tune_for_start()
     from pinaivu_node.daemon import run_coordinator
 
     trio.run(run_coordinator, settings)
