@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pinaivu_node.engine.batching import step_loop
+from pinaivu_node.engine.chat.text import ByteDetokenizer
 from pinaivu_node.engine.model.loading import LoadError, load
+from pinaivu_node.engine.sampling.sampler import choose
 from pinaivu_node.engine.types import (
     ChatMessage,
     FinishReason,
@@ -218,6 +221,44 @@ def test_a_step_that_fails_ends_its_requests_and_the_loop_goes_on(solo, monkeypa
     monkeypatch.undo()
     (said,) = solo.run(request(PROMPTS[1], id="after"))
     assert said.finish is FinishReason.LENGTH
+
+
+def test_an_answer_that_cannot_be_read_ends_alone(solo, monkeypatch):
+    mates = [request(prompt, id=f"mate {prompt}", logit_bias={77: -100.0}) for prompt in PROMPTS]
+    alone = [solo.run(mate)[0].token_ids for mate in mates]
+    push = ByteDetokenizer.push
+
+    def stumbles(self, token_id):
+        if token_id == 77:
+            raise LookupError("a token from hell")
+        return push(self, token_id)
+
+    monkeypatch.setattr(ByteDetokenizer, "push", stumbles)
+    sick = request(PROMPTS[0], id="sick", logit_bias={77: 100.0})
+    said, *others = solo.run(sick, *mates)
+    assert (said.finish, said.last.error) == (FinishReason.ERROR, "LookupError in what was said")
+    assert [each.token_ids for each in others] == alone
+    assert {each.finish for each in others} == {FinishReason.LENGTH}
+
+
+def test_a_step_that_fails_midway_loses_no_end_of_an_answer(tiny_model, monkeypatch):
+    """Guesses are drawn round by round; who ended in an earlier round has ended."""
+    solo = Solo(tiny_model, speculate=4)
+    drawn = set()
+
+    def fails_later(logits, draws):
+        if solo.steps in drawn:
+            raise RuntimeError("the device is on fire")
+        drawn.add(solo.steps)
+        return choose(logits, draws)
+
+    monkeypatch.setattr(step_loop, "choose", fails_later)
+    long = request((5,) * 40, id="long", logit_bias={5: 100.0})
+    short = request((9,), id="short", max_tokens=2)
+    said, other = solo.run(long, short)
+    assert (said.finish, said.last.error) == (FinishReason.ERROR, "RuntimeError in a step")
+    assert other.finish is FinishReason.LENGTH
+    assert solo.model.pool.statistics(now=0.0).in_use == 0
 
 
 # --- one text, whatever happens around it ---------------------------------------------------------

@@ -103,6 +103,11 @@ class Answer:
             error = self.matcher.error or error
         return self._event((), self._flush(), error=error)
 
+    def broken(self, error: str) -> TokenEvent:
+        """The last event of an answer whose text cannot be read: what was held back is lost."""
+        self.finished = FinishReason.ERROR
+        return self._event((), Parsed("", ()), error=error)
+
     def over(self) -> TokenEvent:
         """The only event of an answer that was over before its first token."""
         return self._event((), Parsed("", ()))

@@ -210,31 +210,36 @@ class StepLoop:
 
     def _made(self, plan: Plan) -> list[TokenEvent]:
         """Compute a step; what it brought."""
+        events: list[TokenEvent] = []
         try:
             logits = self._model.runner.compute(plan.chunks)
             self._scheduler.computed(plan)
-            events = self._drawn(logits, plan)
+            self._draw(logits, plan, events)
         except Exception as exc:
             traceback.print_exc()
             self._failures += 1
             if self._failures >= _MAX_FAILURES or not self._model.runner.survives(exc):
                 raise
             self._model.pool.forget()
-            failed = [self._answers[chunk.sequence] for chunk in plan.chunks]
+            planned = [chunk.sequence for chunk in plan.chunks]
+            failed = [self._answers[each] for each in planned if each in self._answers]
             error = f"{type(exc).__name__} in a step"
-            return [self._close(*each, FinishReason.ERROR, error=error) for each in failed]
-        self._failures = 0
+            events += [self._close(*each, FinishReason.ERROR, error=error) for each in failed]
+        else:
+            self._failures = 0
         return events
 
-    def _drawn(self, logits: torch.Tensor, plan: Plan) -> list[TokenEvent]:
-        """Draw a token for each answer, and more where it is the one that was guessed."""
+    def _draw(self, logits: torch.Tensor, plan: Plan, events: list[TokenEvent]) -> None:
+        """Draw a token for each answer, and more where it is the one that was guessed.
+
+        The events of what was drawn before a failure are there.
+        """
         drawing = []
         row = 0
         for chunk in plan.chunks:
             if chunk.rows:
                 drawing.append(_Drawing(self._answers[chunk.sequence][1], row, chunk.guess))
                 row += chunk.rows
-        events: list[TokenEvent] = []
         going_on = drawing
         while going_on:
             chosen = self._choose(logits, going_on)
@@ -246,7 +251,6 @@ class StepLoop:
         for each in drawing:
             if each.guess:
                 each.answer.judge(guessed=len(each.guess), right=each.right)
-        return events
 
     def _choose(
         self, logits: torch.Tensor, drawing: Sequence[_Drawing]
@@ -270,7 +274,7 @@ class StepLoop:
             self._model.pool.unname(answer.sequence.blocks)
             events.append(self._close(request_id, answer, FinishReason.ERROR, error=token.reason))
             return False
-        events.append(answer.take(token))
+        events.append(_taken(answer, token))
         if answer.finished is not None:
             self._forget(request_id, answer)
             return False
@@ -340,6 +344,15 @@ class StepLoop:
             )
         )
         self._meter.said(now)
+
+
+def _taken(answer: Answer, token: Chosen) -> TokenEvent:
+    """What a token brings its reader; whatever goes wrong in reading it is this answer's alone."""
+    try:
+        return answer.take(token)
+    except Exception as exc:  # noqa: BLE001 - the per-request edge of a step
+        traceback.print_exc()
+        return answer.broken(f"{type(exc).__name__} in what was said")
 
 
 class _Meter:
