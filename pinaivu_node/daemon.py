@@ -38,7 +38,7 @@ from pinaivu_node.mesh.mesh import Mesh
 from pinaivu_node.models.catalogue import CATALOGUE, ModelKind
 from pinaivu_node.models.pull import pull_missing
 from pinaivu_node.models.store import InstalledModel, ModelStore
-from pinaivu_node.models.variants import in_int8
+from pinaivu_node.models.variants import resolve_variant
 from pinaivu_node.protocol.ids import (
     ModelName,
     NanoX,
@@ -136,11 +136,10 @@ async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> lis
     match settings.engine:
         case "torch":
             store = ModelStore(settings.models_folder)
-            models = {model.name: model for model in map(store.resolve, names)}
-            sold = list(models.values())
-            if settings.quantization is not None:
-                sold = [in_int8(model) for model in sold]
-            return await _open_own(stack, settings, sold)
+            int8 = settings.quantization is not None
+            found = [resolve_variant(store, name, int8=int8) for name in names]
+            models = {model.name: model for model in found}
+            return await _open_own(stack, settings, list(models.values()))
         case "openai":
             return [await _open_server(stack, settings, name) for name in names]
         case "bench":
@@ -211,7 +210,7 @@ def _engine_config(
         model=model.folder,
         device=settings.device,
         dtype=settings.dtype,
-        quantization=settings.quantization,
+        quantization=model.quantization,
         tensor_parallel=settings.tensor_parallel,
         threads=settings.threads,
         max_running=settings.max_running,

@@ -12,7 +12,8 @@ from pinaivu_node.cli import Json, ModelsFolder, app, errors, print_json, screen
 from pinaivu_node.config import DATA_FOLDER
 
 if TYPE_CHECKING:
-    from pinaivu_node.models.store import ModelStore
+    from pinaivu_node.models.catalogue import CatalogueEntry
+    from pinaivu_node.models.store import InstalledModel, ModelStore
 
 models_app: Final = typer.Typer(no_args_is_help=True, help="The models on this machine.")
 app.add_typer(models_app, name="models")
@@ -29,18 +30,10 @@ def list_models(*, models_folder: ModelsFolder = None, as_json: Json = False) ->
     """What can be pulled, and what is here."""
     from pinaivu_node.models.catalogue import CATALOGUE
 
-    installed = {model.name: model for model in _store(models_folder).installed()}
-    rows = [
-        {
-            "name": name,
-            "installed": name in installed,
-            "context_window": entry.context_window,
-            "chat": entry.chat,
-            "kind": entry.kind,
-            "licence": entry.licence.name,
-            "owner": entry.owner,
-        }
-        for name, entry in CATALOGUE.items()
+    store = _store(models_folder)
+    installed = {model.name: model for model in store.installed()}
+    rows = [_row(name, entry, installed=name in installed) for name, entry in CATALOGUE.items()] + [
+        _row(source, model, installed=True) for source, model in store.conversions()
     ]
     if as_json:
         print_json(rows)
@@ -58,9 +51,29 @@ def list_models(*, models_folder: ModelsFolder = None, as_json: Json = False) ->
     screen.print(table)
 
 
+def _row(
+    name: str, model: CatalogueEntry | InstalledModel, *, installed: bool
+) -> dict[str, object]:
+    return {
+        "name": name,
+        "installed": installed,
+        "context_window": model.context_window,
+        "chat": model.chat,
+        "kind": model.kind,
+        "licence": model.licence.name,
+        "owner": model.owner,
+    }
+
+
 @models_app.command("pull", epilog="Example: `pinaivu-node models pull smollm2:135m`")
 def pull_model(
-    name: Annotated[str, typer.Argument(help="A catalogue name, or a GGUF file to convert.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A catalogue name; or a GGUF file to convert, here (./model.gguf) or on the hub "
+            "(hf.co/owner/repository/file.gguf)."
+        ),
+    ],
     *,
     models_folder: ModelsFolder = None,
 ) -> None:
@@ -82,6 +95,6 @@ def verify_model(name: str, *, models_folder: ModelsFolder = None) -> None:
 
 @models_app.command("rm")
 def remove_model(name: str, *, models_folder: ModelsFolder = None) -> None:
-    """Remove a model from this machine."""
+    """Remove a model from this machine; of a GGUF file, what was made of it."""
     freed = _store(models_folder).remove(name)
     screen.print(f"{name}: {freed / 1e6:,.0f} MB freed")

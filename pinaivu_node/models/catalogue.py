@@ -61,10 +61,11 @@ class WheelFolder:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository with safetensors weights on the Hugging Face hub."""
+    """A repository with safetensors weights on the Hugging Face hub, or one GGUF file of it."""
 
     repo: str
     revision: str = "main"
+    file: str | None = None
 
 
 class ModelKind(StrEnum):
@@ -241,7 +242,7 @@ _ROWS: Final = (
         owner="microsoft",
         licence=MIT,
         source=HubSource("microsoft/Phi-4-mini-instruct"),
-        context_window=131072,
+        context_window=4096,  # beyond, its longrope turns all positions otherwise
         disk_bytes=8 * _GIB,
     ),
     CatalogueEntry(

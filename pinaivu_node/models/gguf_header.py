@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -29,39 +30,47 @@ _WIDTHS: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 
 """Bytes of a metadata value, by its type."""
 _UNSIGNED: Final = {2: "<H", 4: "<I", 10: "<Q"}
 _PACKED: Final = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    9: (32, 40), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
-    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
-    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),
-    28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4),
+    27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""How many weights lie in how many bytes, by the type of a tensor; a type of tomorrow is left to
-the conversion."""
+"""What a type of tensor is called, and how many weights lie in how many bytes; a type of tomorrow
+is left to the conversion."""
 
 
 class _Damaged(ValueError):
     """What the file says cannot be."""
 
 
-def check_gguf(path: Path) -> None:
-    """PullFailed, saying what is wrong, unless this can be a whole model in GGUF."""
-    fault = _fault(path)
-    if fault is not None:
-        raise PullFailed(f"{path} cannot be converted: {fault}")
+def check_gguf(path: Path) -> tuple[str, ...]:
+    """What formats its weights have, the most frequent first.
+
+    PullFailed, saying what is wrong, unless this can be a whole model in GGUF.
+    """
+    try:
+        return _formats(path)
+    except _Damaged as exc:
+        raise PullFailed(f"{path} cannot be converted: {exc}") from exc
 
 
-def _fault(path: Path) -> str | None:
+def _formats(path: Path) -> tuple[str, ...]:
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
-            return "it is no GGUF file"
+            raise _Damaged("it is no GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                needed = _Header(data).read()
-            except _Damaged as exc:
-                return str(exc)
+            header = _Header(data)
+            needed = header.read()
             if len(data) < needed:
-                return f"it broke off, {len(data):,} bytes of {needed:,} came: get it again"
-    return None
+                raise _Damaged(
+                    f"it broke off, {len(data):,} bytes of {needed:,} came: get it again"
+                )
+    return tuple(name for name, _ in header.formats.most_common())
 
 
 class _Header:
@@ -72,6 +81,8 @@ class _Header:
         self._at = 4
         self._alignment = _ALIGNMENT
         self._parts = 1
+        self.formats: Counter[str] = Counter()
+        """How many weights have which."""
 
     def read(self) -> int:
         """How many bytes the file must have; _Damaged if the header is none."""
@@ -129,7 +140,8 @@ class _Header:
         kind, offset = self._number("<I"), self._number("<Q")
         if kind not in _PACKED:
             return offset
-        block, size = _PACKED[kind]
+        name, block, size = _PACKED[kind]
+        self.formats[name] += weights
         return offset + weights // block * size
 
     def _count(self, what: str) -> int:

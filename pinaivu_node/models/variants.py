@@ -12,10 +12,26 @@ from typing import Final
 
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.models.errors import ModelError
-from pinaivu_node.models.store import InstalledModel
+from pinaivu_node.models.store import InstalledModel, ModelStore
 from pinaivu_node.protocol.ids import Digest, ModelName, digest_of, is_model_name
 
 _SUFFIX: Final = "-int8"
+
+
+def resolve_variant(store: ModelStore, name_or_path: str, *, int8: bool) -> InstalledModel:
+    """What is to be run for `smollm2:135m-int8`, or for any model where all are to be `int8`.
+
+    ModelMissing and ModelDamaged as of `ModelStore.resolve`; ModelError as of `in_int8`.
+    """
+    published = published_name(name_or_path)
+    model = store.resolve(published)
+    return in_int8(model) if int8 or published != name_or_path else model
+
+
+def published_name(name_or_path: str) -> str:
+    """What is to be pulled for a model of this name."""
+    published = name_or_path.removesuffix(_SUFFIX)
+    return published if published in CATALOGUE else name_or_path
 
 
 def in_int8(model: InstalledModel) -> InstalledModel:
@@ -23,7 +39,9 @@ def in_int8(model: InstalledModel) -> InstalledModel:
     name = model.name + _SUFFIX
     if not is_model_name(name):
         raise ModelError(f"{model.name} is too long a name for a model in int8: give it a shorter")
-    return replace(model, name=ModelName(name), digest=int8_digest(model.digest))
+    return replace(
+        model, name=ModelName(name), digest=int8_digest(model.digest), quantization="int8"
+    )
 
 
 def int8_digest(published: Digest) -> Digest:

@@ -32,13 +32,13 @@ def refusal(path) -> str:
 
 
 def test_a_whole_file_is_whole(file):
-    check_gguf(file)
+    assert check_gguf(file) == ("F32",)
 
 
 def test_the_sizes_of_packed_weights_are_ggufs_own():
     import gguf
 
-    own = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    own = {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
     assert {kind: own[kind] for kind in _PACKED} == _PACKED
 
 
@@ -55,7 +55,7 @@ def test_quantised_files_are_measured_to_the_byte(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    check_gguf(path)
+    assert check_gguf(path) == (kind,)
     whole = path.read_bytes()
     padding = len(whole) - len(whole.rstrip(b"\0"))
     path.write_bytes(whole[: len(whole) - padding - 40])

@@ -102,6 +102,17 @@ def test_a_folder_of_ones_own_is_a_model(store, folder):
     }  # fmt: skip
 
 
+def test_a_window_ends_where_a_longrope_would_turn_every_position_otherwise(store, folder):
+    said = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    for rope in ("rope_scaling", "rope_parameters"):
+        for key in ("type", "rope_type"):
+            config = said | {rope: {key: "longrope", "factor": 32}}
+            (folder / "config.json").write_text(json.dumps(config))
+            assert store.resolve(str(folder)).context_window == 4096
+    (folder / "config.json").write_text(json.dumps(said | {"rope_scaling": {"type": "yarn"}}))
+    assert store.resolve(str(folder)).context_window == 131072
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [

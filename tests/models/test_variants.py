@@ -8,7 +8,7 @@ import pytest
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.models.errors import ModelError
 from pinaivu_node.models.store import InstalledModel
-from pinaivu_node.models.variants import in_int8, int8_digest, pinned_digest
+from pinaivu_node.models.variants import in_int8, int8_digest, pinned_digest, published_name
 from pinaivu_node.protocol.ids import ModelName
 
 NAME = ModelName("smollm2:135m")
@@ -29,7 +29,15 @@ def test_a_model_in_int8_is_announced_as_another():
     quantised = in_int8(MODEL)
     assert quantised.name == "smollm2:135m-int8"
     assert quantised.digest == int8_digest(ENTRY.digest) != ENTRY.digest
-    assert replace(quantised, name=MODEL.name, digest=MODEL.digest) == MODEL
+    assert quantised.quantization == "int8"
+    assert replace(quantised, name=MODEL.name, digest=MODEL.digest, quantization=None) == MODEL
+
+
+def test_a_name_asks_for_int8_only_where_the_catalogue_knows_it_without():
+    assert published_name("smollm2:135m-int8") == "smollm2:135m"
+    assert published_name("smollm2:135m") == "smollm2:135m"
+    assert published_name("my-model-int8") == "my-model-int8"
+    assert published_name("./smollm2:135m-int8") == "./smollm2:135m-int8"
 
 
 def test_the_digest_is_the_same_on_every_machine():
