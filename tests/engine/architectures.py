@@ -41,6 +41,10 @@ SERVED = {
             },
         },
     ),
+    "llama-dynamic": Architecture(
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     "qwen2": Architecture("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2-sliding": Architecture(
         "Qwen2Config",

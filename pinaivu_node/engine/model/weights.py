@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +42,9 @@ _POSITIVE: Final = frozenset(
     }
 )  # fmt: skip
 _ANY: Final = 2**62
+_LISTS: Final = ("auto_mappings.py", "configuration_auto.py")
+_SHOWN: Final = 60
+"""Characters of a type that is none."""
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZERS: Final = (
     ("tokenizer.json",),
@@ -65,9 +70,9 @@ def check_folder(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """The folder's config; LoadError unless this is a whole and harmless model.
+    """The folder's config; LoadError unless this is a whole and harmless model of a known type.
 
-    Takes milliseconds.
+    Takes milliseconds.  A type that transformers' list names may yet turn out to be unknown.
     """
     if not folder.is_dir():
         raise LoadError(f"there is no folder {folder}: {_PULL}")
@@ -77,6 +82,8 @@ def check_files(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise LoadError(f"{folder / 'config.json'} names no model_type: {_PULL}")
+    if not _is_listed(model_type):
+        raise LoadError(_unknown(folder, config))
     shapes = check_weights(folder)
     _check_sizes(folder / "config.json", config, shapes)
     _check_tokenizer(folder)
@@ -97,24 +104,39 @@ def is_encoder(folder: Path) -> bool:
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
     """LoadError if transformers has no class of its own for this type of model."""
-    from transformers import CONFIG_MAPPING, __version__
+    from transformers import CONFIG_MAPPING
 
-    model_type = config["model_type"]
-    if model_type in CONFIG_MAPPING:
-        return
-    if _brings_code(config):
-        raise LoadError(
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise LoadError(_unknown(folder, config))
+
+
+def _is_listed(model_type: str) -> bool:
+    """Whether transformers' list of types, read as a text, has it; True if there is no such list.
+
+    To import the list takes seconds.
+    """
+    package = find_spec("transformers")
+    if package is None or package.origin is None:
+        return True
+    folder = Path(package.origin).parent / "models" / "auto"
+    try:
+        listed = "".join((folder / name).read_text() for name in _LISTS)
+    except OSError:
+        return True
+    return f'"{model_type}"' in listed or '"llama"' not in listed
+
+
+def _unknown(folder: Path, config: dict[str, Any]) -> str:
+    model_type = config["model_type"][:_SHOWN]
+    if config.get("auto_map"):
+        return (
             f"{folder / 'config.json'} wants code from its own folder to be run (auto_map, "
             f"model_type {model_type!r}), which this engine never does: {_ELSEWHERE}"
         )
-    raise LoadError(
+    return (
         f"{folder / 'config.json'} has the model_type {model_type!r}, which transformers "
-        f"{__version__} does not know: upgrade transformers, or {_ELSEWHERE}"
+        f"{version('transformers')} does not know: upgrade transformers, or {_ELSEWHERE}"
     )
-
-
-def _brings_code(said: dict[str, Any]) -> bool:
-    return bool(said.get("auto_map"))
 
 
 def check_weights(folder: Path) -> dict[str, Any]:
