@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 
@@ -10,6 +12,10 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
 
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     """Multiaddrs to listen on; none for a peer that only dials out."""
+    tls_certificate: Path | None = None
+    """PEM, for addresses that end in /wss; with its chain."""
+    tls_key: Path | None = None
+    """PEM; None: in the same file."""
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on, for a peer behind NAT."""
     hub: bool = False

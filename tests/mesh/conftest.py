@@ -1,4 +1,4 @@
-"""Two networks that look the same to a test: real sockets, and memory under a virtual clock."""
+"""Networks that look the same to a test: real sockets, and memory under a virtual clock."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class Network(Protocol):
 class RealNetwork:
     """Each peer listens on the loopback interface, on the port it had before if it had one."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str) -> None:
+        self._first = f"/ip4/127.0.0.1/tcp/0{transport}"
         self._listen: dict[str, tuple[str, ...]] = {}
 
     @asynccontextmanager
     async def join(self, name: str, config: MeshConfig | None = None) -> AsyncIterator[Mesh]:
         config = (config or MeshConfig()).model_copy(
-            update={"listen": self._listen.get(name, ("/ip4/127.0.0.1/tcp/0",))}
+            update={"listen": self._listen.get(name, (self._first,))}
         )
         async with open_libp2p_mesh(config, seed=seed_of(name)) as mesh:
             self._listen[name] = (mesh.addresses[0].partition("/p2p/")[0],)
@@ -60,16 +61,18 @@ class VirtualNetwork:
         return self.network.join(seed_of(name), config)
 
 
-@pytest.fixture(params=["libp2p", "memory"])
+@pytest.fixture(params=["libp2p", "websocket", "memory"])
 def clock(request: pytest.FixtureRequest) -> trio.testing.MockClock | None:
     """Virtual for the memory network; a test of both names it, as pytest-trio wants."""
     return trio.testing.MockClock(autojump_threshold=0) if request.param == "memory" else None
 
 
 @pytest.fixture
-async def network(clock: trio.testing.MockClock | None) -> AsyncIterator[Network]:
+async def network(
+    clock: trio.testing.MockClock | None, request: pytest.FixtureRequest
+) -> AsyncIterator[Network]:
     if clock is None:
-        yield RealNetwork()
+        yield RealNetwork("/ws" if request.node.callspec.params["clock"] == "websocket" else "")
     else:
         async with MemoryNetwork(seed=1, latency=0.01) as memory:
             yield VirtualNetwork(memory)

@@ -1,6 +1,7 @@
 """The Mesh on real sockets.  This package is the sole importer of libp2p.
 
     channel       the socket
+    websocket     another, for those who get out through HTTP ports only
     secure        Noise: their handshake, then our session (`mesh.noise`)
     muxer         our Yamux (`mesh.yamux`) on trio, in the shape that libp2p wants
     muxed_stream  one stream of it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -23,6 +24,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.tcp.tcp import TCP
 from libp2p.utils.connection_shutdown import is_expected_connection_shutdown
 from multiaddr import Multiaddr
 
@@ -30,6 +32,7 @@ from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p.muxer import Fault, MuxedConnection
 from pinaivu_node.mesh.libp2p.secure import PeerGate, Refused
 from pinaivu_node.mesh.libp2p.transport import transport_options
+from pinaivu_node.mesh.libp2p.websocket import WebSocketTransport, server_context
 from pinaivu_node.protocol.ids import PeerId
 
 logger = logging.getLogger(__name__)
@@ -117,7 +120,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     """A host with the identity of this 32-byte seed; not yet running.
 
     `gate` says whether a peer that has proven its identity may connect; `fault` is told of peers
-    that break the transport, and cuts them off.
+    that break the transport, and cuts them off.  MeshError if the certificate cannot be used.
     """
     swarm_module._HAPPY_EYEBALLS_DELAY = 0.0  # noqa: SLF001
     key_pair = create_new_key_pair(seed=seed)
@@ -126,7 +129,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
         key_pair=key_pair,
         sec_opt=security.transports,
         muxer_opt={YAMUX: MuxedConnection},
-        listen_addrs=[Multiaddr(address) for address in config.listen] or None,
+        transports=[TCP(), WebSocketTransport(_certificate(config))],
         announce_addrs=[Multiaddr(address) for address in config.announce] or None,
         disable_identify_address_discovery=True,  # what strangers say of our address
         connection_config=ConnectionConfig(
@@ -150,6 +153,12 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     inbound = _InboundGate(swarm, config.max_half_open)
     swarm._handle_inbound_connection = inbound.handle  # noqa: SLF001
     return host
+
+
+def _certificate(config: MeshConfig) -> ssl.SSLContext | None:
+    if config.tls_certificate is None:
+        return None
+    return server_context(config.tls_certificate, config.tls_key)
 
 
 @asynccontextmanager

@@ -5,16 +5,33 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from pinaivu_node.mesh.mesh import MeshError
 
+_WEBSOCKETS: Final = {(): False, ("ws",): False, ("wss",): True, ("tls", "ws"): True}
+"""What may come behind the port, and whether it needs a certificate."""
 
-def refuse_taken_port(address: str) -> None:
-    """MeshError if somebody listens there: libp2p shares the port with it and says nothing."""
+
+def check_listenable(address: str, *, has_certificate: bool) -> None:
+    """MeshError if this is no address to listen on, or somebody does already.
+
+    libp2p would share the port with another process and say nothing.
+    """
     parts = address.split("/")
-    if len(parts) < 5 or parts[1] not in {"ip4", "ip6"} or parts[3] != "tcp":
-        raise MeshError(f"cannot listen on {address!r}: write it like /ip4/0.0.0.0/tcp/4001")
+    suffix = tuple(parts[5:])
+    is_address = len(parts) >= 5 and parts[1] in {"ip4", "ip6"} and parts[3] == "tcp"
+    if not is_address or suffix not in _WEBSOCKETS:
+        raise MeshError(
+            f"cannot listen on {address!r}: write it like /ip4/0.0.0.0/tcp/4001, with /ws or /wss "
+            "behind it for WebSockets"
+        )
+    if _WEBSOCKETS[suffix] and not has_certificate:
+        raise MeshError(f"cannot listen on {address}: give a certificate for it, or listen on /ws")
+    _refuse_taken_port(address, parts)
+
+
+def _refuse_taken_port(address: str, parts: list[str]) -> None:
     family = socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # With it a port in TIME_WAIT is free, and one that is listened on is still taken.

@@ -1,4 +1,4 @@
-"""The Mesh on py-libp2p: TCP, Noise, Yamux, gossipsub."""
+"""The Mesh on py-libp2p: TCP or WebSocket, Noise, Yamux, gossipsub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pinaivu_node.mesh.framing import check_frame_size
 from pinaivu_node.mesh.inbox import Inbox
 from pinaivu_node.mesh.libp2p import gossip
 from pinaivu_node.mesh.libp2p import host as libp2p_host
-from pinaivu_node.mesh.libp2p.listening import Notifee, refuse_taken_port
+from pinaivu_node.mesh.libp2p.listening import Notifee, check_listenable
 from pinaivu_node.mesh.libp2p.stream import Libp2pFrameStream
 from pinaivu_node.mesh.mesh import (
     Delivery,
@@ -49,12 +49,12 @@ _GOODBYE: Final = 1.0
 async def open_libp2p_mesh(config: MeshConfig, *, seed: bytes) -> AsyncIterator[Mesh]:
     """A running mesh with the identity of this 32-byte Ed25519 seed, listening when it is yielded.
 
-    Raises MeshError if an address cannot be listened on.  Closes the mesh on leaving; what the
-    block raises comes out as it was raised.
+    Raises MeshError if an address cannot be listened on, or its certificate not used.  Closes the
+    mesh on leaving; what the block raises comes out as it was raised.
     """
     libp2p_host.silence()
     for address in config.listen:
-        refuse_taken_port(address)
+        check_listenable(address, has_certificate=config.tls_certificate is not None)
     mesh = Libp2pMesh(config, seed)
     failure: BaseException | None = None
     async with mesh.running():
