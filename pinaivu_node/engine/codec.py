@@ -3,7 +3,7 @@
 An event is written for every token of every request, so its row is cut off after the last field
 that says anything, and a token's logprobs are three columns instead of a list of records.  What
 reads a row checks every type in it: it fails with TypeError, ValueError or KeyError, whatever
-the row.  Of a request only the shape is checked, for it comes from the daemon, which is trusted.
+the row.  Of a request's sampling only the names are: `limits.py` looks at the values.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def request_row(request: GenerationRequest) -> Row:
             prompt = [
                 _message_row(part) if isinstance(part, ChatMessage) else part for part in parts
             ]
+        case _:
+            raise TypeError(f"a prompt that is a {type(request.prompt).__name__}")
     # Any mapping and any integer may be asked for; noise takes the low 64 bits of a seed anyway.
     sampling = dataclasses.replace(
         request.sampling,

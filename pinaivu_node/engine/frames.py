@@ -208,10 +208,13 @@ def embedded(request_id: str, embeddings: Embeddings) -> Iterator[Embedded]:
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame as it goes on the pipe; FrameError if it is too large or no msgpack can say it."""
+    """The frame as it goes on the pipe; FrameError if it is too large, or no msgpack can say it, or
+    it is a request that the other end could not read: a process must not end by a wrong type.
+    """
     try:
         body = msgpack.packb(_fields(frame))
-    except (ValueError, OverflowError) as exc:  # a lone surrogate in a text, an integer of 65 bits
+    # A lone surrogate in a text, an integer of 65 bits, a number where a text should be.
+    except (ValueError, OverflowError, TypeError) as exc:
         raise FrameError(str(exc)) from exc
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
@@ -223,9 +226,13 @@ def _fields(frame: Frame) -> list[Any]:
         case StepFrame(events=events):
             return ["step", *map(codec.event_row, events)]
         case Generate(request=request):
-            return ["generate", *codec.request_row(request)]
+            row = codec.request_row(request)
+            codec.request_of(row)
+            return ["generate", *row]
         case Embed(request=embedding):
-            return ["embed", *codec.embedding_request_row(embedding)]
+            inputs = codec.embedding_request_row(embedding)
+            codec.embedding_request_of(inputs)
+            return ["embed", *inputs]
         case Embedded(request_id=request_id, embeddings=embeddings):
             return ["embedded", request_id, *codec.embeddings_row(embeddings)]
         case Refused(request_id=request_id, reason=reason, kind=kind):

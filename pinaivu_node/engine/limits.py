@@ -43,6 +43,12 @@ MAX_CONSTRAINT_CHARACTERS: Final = 1 << 18
 
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 """OpenAI's letters, and the separators with which others make names from parts."""
+_WHOLE: Final = ("max_tokens", "top_k", "n", "seed", "logprobs")
+_REAL: Final = (
+    *("temperature", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+_NUMBERS: Final = frozenset({int, float})
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -66,10 +72,24 @@ def check_request(request: GenerationRequest, *, vocabulary: int) -> None:
     )
 
 
+def _check_types(params: SamplingParams) -> None:
+    """What crossed a pipe may be anything, and a wrong type would fail the step of a batch."""
+    for name in _WHOLE:
+        value = getattr(params, name)
+        unset = name == "logprobs" and value is None
+        _need(unset or type(value) is int, f"{name} must be a whole number.")
+    reals = [getattr(params, name) for name in _REAL]
+    _need(_NUMBERS.issuperset(map(type, reals)), f"{', '.join(_REAL)} must be numbers.")
+    _need(all(isinstance(stop, str) for stop in params.stop), "A stop string must be text.")
+    biases = params.logit_bias.values()
+    _need(_NUMBERS.issuperset(map(type, biases)), "A bias must be a number.")
+
+
 def _check_sampling(params: SamplingParams, *, vocabulary: int) -> None:
     _at_most(len(params.stop), MAX_STOPS, "stop strings")
     _at_most(len(params.stop_token_ids), MAX_STOP_TOKENS, "stop tokens")
     _at_most(len(params.logit_bias), MAX_BIASES, "biased tokens")
+    _check_types(params)
     for stop in params.stop:
         _at_most(len(stop), MAX_STOP_CHARACTERS, "characters of a stop string")
     _tokens(params.stop_token_ids, vocabulary=vocabulary)
@@ -151,5 +171,6 @@ def _within(number: float, low: float, high: float, name: str) -> None:
 
 
 def _tokens(numbers: Iterable[int], *, vocabulary: int) -> None:
-    wrong = next((number for number in numbers if not 0 <= number < vocabulary), None)
-    _need(wrong is None, f"There is no token {wrong}; the vocabulary has {vocabulary}.")
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < vocabulary:
+            raise PromptRefused(f"There is no token {number!r}; the vocabulary has {vocabulary}.")

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import threading
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pinaivu_node.engine.frames import RefusalKind, Refused
 from pinaivu_node.engine.sampling import constraint as constraints
 from pinaivu_node.engine.types import Constraint, ConstraintKind, FinishReason, PromptRefused
 
@@ -328,6 +331,38 @@ def test_a_refusal_is_remembered(walker, monkeypatch):
         with pytest.raises(PromptRefused, match="cannot be used"):
             walker.compiler.compile(bomb)
         monkeypatch.setattr(constraints, "LLMatcher", None)
+
+
+def test_what_takes_too_long_is_in_nobodys_way_and_is_there_when_it_is_made(solo, monkeypatch):
+    """No constraint is known that takes so long: one that waits stands for it."""
+    compiler, asked, goes_on = solo.preparation._compiler, threading.Event(), threading.Event()
+    slow, other = regex("slow|slower"), regex("other|others")
+    make = compiler._new
+
+    def waits(constraint, ours):
+        if constraint == slow:
+            asked.set()
+            goes_on.wait(20)
+        return make(constraint, ours)
+
+    known = solo.preparation.prepare(wild(id="known", constraint=PERSON))
+    monkeypatch.setattr(compiler, "_new", waits)
+    monkeypatch.setattr(constraints, "_COMPILE_S", 0.01)
+    refused = solo.preparation.prepare(wild(id="slow", constraint=slow))
+    assert asked.is_set()
+    assert refused == Refused("slow", "The constraint takes too long to make a grammar of.")
+    monkeypatch.setattr(constraints, "_COMPILE_S", 20)
+    began = time.monotonic()
+    assert solo.preparation.prepare(wild(id="slow", constraint=slow)) == refused
+    busy = solo.preparation.prepare(wild(id="other", constraint=other))
+    assert busy == Refused("other", "The engine is busy with another constraint.", RefusalKind.FULL)
+    assert isinstance(solo.preparation.prepare(wild(id="known", constraint=PERSON)), type(known))
+    assert time.monotonic() - began < 10
+    goes_on.set()
+    compiler._making.join(20)
+    for constraint in (slow, other):
+        (said,) = solo.run(wild(constraint=constraint, max_tokens=100))
+        assert re.fullmatch(constraint.text, said.text)
 
 
 def test_what_is_kept_is_bounded(walker):

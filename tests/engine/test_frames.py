@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from dataclasses import replace
 from types import MappingProxyType
 
 import msgpack
@@ -172,6 +173,25 @@ def test_a_seed_of_any_size_and_a_mapping_of_any_kind_cross():
 def test_a_frame_that_is_too_large_is_never_sent():
     with pytest.raises(FrameError):
         encode(frames.LoadFailed("x" * (frames.MAX_FRAME_BYTES + 1)))
+
+
+HI = ChatMessage("user", "hi")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [(HI, 5), (5, HI), (5, "x"), (5.0,), (True,), (None,), 5, None, (ChatMessage("user", 5),),
+     (2**70,), "\ud800", (b"x",), (replace(HI, tool_calls=(ToolCall("a", "b", b"c"),)),)],
+    ids=str,
+)  # fmt: skip
+def test_a_prompt_that_the_child_could_not_read_is_never_sent(prompt):
+    with pytest.raises(FrameError):
+        encode(frames.Generate(GenerationRequest("a", prompt, SAMPLING)))
+
+
+def test_inputs_that_the_child_could_not_read_are_never_sent():
+    with pytest.raises(FrameError):
+        encode(frames.Embed(EmbeddingRequest("a", ("x", (1, "y")))))
 
 
 def test_what_says_nothing_is_not_sent():

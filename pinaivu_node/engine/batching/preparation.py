@@ -18,12 +18,14 @@ from pinaivu_node.engine.batching.sequence import Sequence
 from pinaivu_node.engine.chat.prompts import PromptEncoder
 from pinaivu_node.engine.chat.text import AnswerText, ByteDetokenizer, WindowDetokenizer
 from pinaivu_node.engine.chat.token_bytes import TokenBytes
+from pinaivu_node.engine.frames import RefusalKind, Refused
 from pinaivu_node.engine.limits import check_request
 from pinaivu_node.engine.model.loading import LoadedModel, LoadError
 from pinaivu_node.engine.sampling import noise, schema
 from pinaivu_node.engine.sampling.constraint import ConstraintCompiler, Matcher
 from pinaivu_node.engine.sampling.sampler import SequenceSampling
 from pinaivu_node.engine.types import (
+    EngineBusy,
     GenerationRequest,
     PromptRefused,
     SamplingParams,
@@ -34,6 +36,7 @@ from pinaivu_node.engine.types import (
 
 _CONTEXT_TOKENS: Final = 4
 """End of the prompt that a detokenizer sees: enough for a leading space or a split character."""
+_REASON_CHARACTERS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +46,6 @@ class Prepared:
     request: GenerationRequest
     answers: tuple[Answer, ...]
     input_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unprepared:
-    """A request that can not, and why."""
-
-    request_id: str
-    reason: str
 
 
 class Preparation:
@@ -82,12 +77,14 @@ class Preparation:
             sampling=SamplingParams(max_tokens=8, temperature=0.7, ignore_eos=True),
         )
         prepared = self.prepare(request)
-        if isinstance(prepared, Unprepared):
+        if isinstance(prepared, Refused):
             raise LoadError(f"this model cannot answer: {prepared.reason}")
         return prepared
 
-    def prepare(self, request: GenerationRequest) -> Prepared | Unprepared:
-        """The request's answers, or the reason why there are none."""
+    def prepare(self, request: GenerationRequest) -> Prepared | Refused:
+        """The request's answers, or the reason why there are none.  Raises nothing, whatever the
+        request: the thread that would end by it prepares everybody's.
+        """
         try:
             check_request(request, vocabulary=self._model.vocabulary)
             prompt = self._encoder.encode(request.prompt, request.tools)
@@ -98,10 +95,12 @@ class Preparation:
                 for index in range(request.sampling.n)
             )
         except PromptRefused as exc:
-            return Unprepared(request.id, str(exc))
-        except Exception as exc:  # noqa: BLE001 - the engine's per-request edge
+            return _refused(request, str(exc))
+        except EngineBusy as exc:
+            return _refused(request, str(exc), RefusalKind.FULL)
+        except BaseException as exc:  # noqa: BLE001 - the per-request edge; Rust's panic is no Exception
             traceback.print_exc()
-            return Unprepared(request.id, f"It cannot be prepared: {type(exc).__name__}.")
+            return _refused(request, f"It cannot be prepared: {type(exc).__name__}.")
         return Prepared(request, answers, len(prompt))
 
     def _check_length(self, request: GenerationRequest, prompt: Ids[int]) -> None:
@@ -173,6 +172,13 @@ class Preparation:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+def _refused(
+    request: GenerationRequest, reason: str, kind: RefusalKind = RefusalKind.REQUEST
+) -> Refused:
+    # A template may quote a chat, and JSON in it half a surrogate pair, which no frame takes.
+    return Refused(request.id, reason[:_REASON_CHARACTERS].encode(errors="replace").decode(), kind)
 
 
 def _check_schema(tool: Tool) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from pinaivu_node.engine.batching.answer import Answer
 from pinaivu_node.engine.batching.pace import Pace
-from pinaivu_node.engine.batching.preparation import Prepared, Unprepared
+from pinaivu_node.engine.batching.preparation import Prepared
 from pinaivu_node.engine.batching.scheduler import Fit, Plan, Scheduler
 from pinaivu_node.engine.batching.sequence import Sequence as Tokens
 from pinaivu_node.engine.config import EngineConfig
@@ -77,12 +77,12 @@ class StepLoop:
         config: EngineConfig,
         *,
         max_running: int,
-        inbox: queue.SimpleQueue[Frame | Prepared | Unprepared],
+        inbox: queue.SimpleQueue[Frame | Prepared],
         preparing: set[str],
         say: Callable[[Frame], None],
     ) -> None:
-        """`preparing` are the requests that will come as `Prepared` or `Unprepared`; whoever puts
-        one before the preparer adds it, and it is taken out here.
+        """`preparing` are the requests that will come as `Prepared` or `Refused`; whoever puts one
+        before the preparer adds it, and it is taken out here.
         """
         self._model = model
         self._inbox = inbox
@@ -151,15 +151,13 @@ class StepLoop:
         while not self._jobs or not self._inbox.empty():
             self.obey(self._inbox.get())
 
-    def obey(self, command: Frame | Prepared | Unprepared) -> None:
+    def obey(self, command: Frame | Prepared) -> None:
         """Do what one command says."""
         match command:
             case Prepared():
                 self._accept(command)
-            case Unprepared(request_id=request_id, reason=reason):
-                self._preparing.discard(request_id)
-                self._cancelled.discard(request_id)
-                self._say(Refused(request_id, reason))
+            case Refused():
+                self._refuse(command)
             case Cancel(request_id=request_id):
                 self._cancel(request_id)
             case Ping(number=number):
@@ -169,11 +167,11 @@ class StepLoop:
 
     def _accept(self, prepared: Prepared) -> None:
         request = prepared.request
-        self._preparing.discard(request.id)
         tokens = prepared.input_tokens + len(request.resume_token_ids)
         if self._scheduler.fits(tokens) is Fit.NEVER:
-            self._say(Refused(request.id, "The prompt does not fit the engine's memory."))
+            self._refuse(Refused(request.id, "The prompt does not fit the engine's memory."))
             return
+        self._preparing.discard(request.id)
         self._say(Accepted(request.id, prepared.input_tokens))
         self._meter.input_tokens += prepared.input_tokens
         deadline_ms = request.deadline_ms
@@ -193,6 +191,11 @@ class StepLoop:
         for answer in job.answers:
             self._answers[answer.sequence] = (request.id, answer)
             self._scheduler.add(answer.sequence)
+
+    def _refuse(self, refused: Refused) -> None:
+        self._preparing.discard(refused.request_id)
+        self._cancelled.discard(refused.request_id)
+        self._say(refused)
 
     def _cancel(self, request_id: str) -> None:
         job = self._jobs.get(request_id)

@@ -22,7 +22,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +30,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pinaivu_node.engine.sampling import schema
-from pinaivu_node.engine.types import Constraint, ConstraintKind, PromptRefused
+from pinaivu_node.engine.types import Constraint, ConstraintKind, EngineBusy, PromptRefused
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -66,7 +66,7 @@ _LARK_LIMITS: Final = LLParserLimits(
 """A stranger's grammar says in few characters what would be a long regular expression."""
 _COMPILE_S: Final = 0.9
 """Twice as long as anything takes that is let through, as far as is known.  What takes longer goes
-on in vain, and nothing else is compiled meanwhile, so that it burns one core at most."""
+on for whoever asks again, and nothing else is compiled meanwhile: it burns one core at most."""
 _FIRST_S: Final = 0.3
 _PER_TOKEN_S: Final = 0.003
 """Time that an answer's masks may take: so much at once, for automata are made as they are needed,
@@ -130,6 +130,21 @@ class _Refusal:
     reason: str
 
 
+class _Making(threading.Thread):
+    """A grammar in the making."""
+
+    def __init__(
+        self, key: tuple[Constraint, bool], make: Callable[[Constraint, bool], Any]
+    ) -> None:
+        super().__init__(daemon=True)
+        self.key = key
+        self.made: Any = _Refusal("The constraint cannot be used.")
+        self._make = make
+
+    def run(self) -> None:
+        self.made = self._make(*self.key)
+
+
 class ConstraintCompiler:
     """Constraints to matchers, for one tokenizer.  What came of the last ones is kept."""
 
@@ -140,7 +155,8 @@ class ConstraintCompiler:
         self._tokenizer: Any = None
         self._mask = torch.zeros(-(-vocabulary // 32), dtype=torch.int32)
         self._compiled: OrderedDict[tuple[Constraint, bool], Any] = OrderedDict()
-        self._stuck: threading.Thread | None = None
+        self._making: _Making | None = None
+        """One that was given up."""
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
@@ -154,18 +170,19 @@ class ConstraintCompiler:
                 )
 
     def compile(self, constraint: Constraint, *, ours: bool = False) -> Matcher:
-        """A matcher at its beginning; PromptRefused if this is no constraint that can be met.
+        """A matcher at its beginning; PromptRefused if this is no constraint that can be met,
+        EngineBusy if another is in the way.
 
         `ours`: made here, of parts that were looked through, so its size is no sign of ill will.
         """
         self.warm_up()
         with self._lock:
-            compiled = self._compiled.get((constraint, ours))
-            if compiled is None:
-                compiled = self._new_in_time(constraint, ours=ours)
-                self._compiled[constraint, ours] = compiled
-                self._forget()
-            self._compiled.move_to_end((constraint, ours))
+            self._take_in()
+            key = constraint, ours
+            if key not in self._compiled:
+                self._make(key)
+            compiled = self._compiled[key]
+            self._compiled.move_to_end(key)
         if isinstance(compiled, _Refusal):
             raise PromptRefused(compiled.reason)
         return Matcher(compiled.deep_copy())
@@ -176,23 +193,27 @@ class ConstraintCompiler:
             (oldest, _), _ = self._compiled.popitem(last=False)
             characters -= len(oldest.text)
 
-    def _new_in_time(self, constraint: Constraint, *, ours: bool) -> Any:
+    def _make(self, key: tuple[Constraint, bool]) -> None:
         """As `_new`, but given up when it takes too long; there is no way to break it off."""
-        began = time.monotonic()
-        if self._stuck is not None:
-            self._stuck.join(_COMPILE_S)
-            if self._stuck.is_alive():
-                raise PromptRefused("The engine is busy with another constraint; try it later.")
-        made: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: made.append(self._new(constraint, ours=ours)), daemon=True
-        )
-        thread.start()
-        thread.join(_COMPILE_S - (time.monotonic() - began))
-        self._stuck = thread if thread.is_alive() else None
-        return made[0] if made else _Refusal("The constraint takes too long to make a grammar of.")
+        if self._making is None:
+            self._making = _Making(key, self._new)
+            self._making.start()
+            self._making.join(_COMPILE_S)
+            self._take_in()
+        if self._making is not None:
+            # Nobody waits for it a second time: whoever prepares requests would do nothing else.
+            if self._making.key != key:
+                raise EngineBusy("The engine is busy with another constraint.")
+            raise PromptRefused("The constraint takes too long to make a grammar of.")
 
-    def _new(self, constraint: Constraint, *, ours: bool) -> Any:
+    def _take_in(self) -> None:
+        """Keep what has been made."""
+        if self._making is not None and not self._making.is_alive():
+            self._compiled[self._making.key] = self._making.made
+            self._making = None
+            self._forget()
+
+    def _new(self, constraint: Constraint, ours: bool) -> Any:  # noqa: FBT001 - as in a key
         strange = constraint.kind is ConstraintKind.LARK and not ours
         limits = _LARK_LIMITS if strange else _LIMITS
         try:
