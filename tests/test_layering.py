@@ -76,7 +76,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "multiaddr": ("pinaivu_node.mesh.libp2p",),
     "torch": ("pinaivu_node.engine", "pinaivu_node.models.convert"),
     "transformers": ("pinaivu_node.engine", "pinaivu_node.models.convert"),
-    "numba": ("pinaivu_node.engine.kernels",),
+    "numba": ("pinaivu_node.engine.kernels", "pinaivu_node.engine.model.compiling"),
     "sqlalchemy": ("pinaivu_node.coordinator", "pinaivu_gateway.store", "pinaivu_gateway.schema",
                    "pinaivu_gateway.migrations"),
     "alembic": ("pinaivu_node.coordinator", "pinaivu_gateway.store", "pinaivu_gateway.migrations"),

@@ -36,14 +36,15 @@ from pinaivu_node.engine.frames import (
     Ping,
     Pong,
     Ready,
+    Refused,
     encode,
 )
 
 if TYPE_CHECKING:
-    from pinaivu_node.engine.batching.preparation import Preparation, Prepared, Unprepared
+    from pinaivu_node.engine.batching.preparation import Preparation, Prepared
     from pinaivu_node.engine.batching.step_loop import StepLoop
 
-    Said = Frame | Prepared | Unprepared
+    Said = Frame | Prepared
 
 _READ_BYTES: Final = 65536
 
@@ -71,7 +72,7 @@ def _read(source: int, queues: _Queues) -> None:
                     queues.work.put(frame)
                 else:
                     queues.inbox.put(frame)
-    except (OSError, FrameError):
+    except BaseException:  # noqa: BLE001 - without this thread the process would be deaf
         traceback.print_exc()
     # Not sys.exit: the main thread may be deep in a kernel, and nobody is left to hear it.
     os._exit(0)
@@ -79,15 +80,13 @@ def _read(source: int, queues: _Queues) -> None:
 
 def _prepare(preparation: Preparation, queues: _Queues) -> None:
     """Turn requests into answers, in the order in which they came."""
-    from pinaivu_node.engine.batching.preparation import Unprepared
-
     while True:
         match queues.work.get():
             case Generate(request=request):
                 queues.inbox.put(preparation.prepare(request))
             case Embed(request=embedding):
                 reason = "This model generates text; it makes no embeddings."
-                queues.inbox.put(Unprepared(embedding.id, reason))
+                queues.inbox.put(Refused(embedding.id, reason))
 
 
 def _write(target: int, frame: Frame) -> None:
@@ -105,8 +104,14 @@ class _Heartbeat:
     def __init__(self, say: Callable[[Frame], None], inbox: queue.SimpleQueue[Said]) -> None:
         self._say = say
         self._inbox = inbox
+        self._progress = 0.0
+
+    def compiling(self) -> None:
+        """Kernels are compiled for whatever is being done."""
+        self(self._progress, "compiling kernels, once on this machine")
 
     def __call__(self, progress: float, what: str) -> None:
+        self._progress = progress
         self._say(Loading(progress, what))
         while not self._inbox.empty():
             match self._inbox.get():
@@ -154,22 +159,25 @@ def _serve_text(
     """Load a model that makes text and serve it; LoadError if it cannot be loaded."""
     from pinaivu_node.engine.batching.preparation import Preparation
     from pinaivu_node.engine.batching.step_loop import StepLoop
+    from pinaivu_node.engine.model.compiling import telling_of_compiling
     from pinaivu_node.engine.model.loading import load
 
-    model = load(config, progress)
-    preparation = Preparation(model, speculates=config.speculate != 0)
-    preparation.warm_up()
-    max_running = config.most_running(on_cpu=model.device.type == "cpu")
-    loop = StepLoop(
-        model,
-        config,
-        max_running=max_running,
-        inbox=queues.inbox,
-        preparing=queues.preparing,
-        say=say,
-    )
-    progress(0.95, "warming up")
-    tokens_per_second, ttft_ms = _warmed(loop, preparation)
+    with telling_of_compiling(progress.compiling):
+        model = load(config, progress)
+        progress(0.92, "reading the vocabulary")
+        preparation = Preparation(model, speculates=config.speculate != 0)
+        preparation.warm_up()
+        max_running = config.most_running(on_cpu=model.device.type == "cpu")
+        loop = StepLoop(
+            model,
+            config,
+            max_running=max_running,
+            inbox=queues.inbox,
+            preparing=queues.preparing,
+            say=say,
+        )
+        progress(0.95, "warming up")
+        tokens_per_second, ttft_ms = _warmed(loop, preparation)
     say(
         Ready(
             device=str(model.device),

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from numba import njit
 
 from pinaivu_node.engine.config import EngineConfig
+from pinaivu_node.engine.model.compiling import telling_of_compiling
 from pinaivu_node.engine.model.loading import LoadError, load
 from pinaivu_node.engine.model.weights import check_files, check_folder, is_encoder
 
@@ -218,3 +220,13 @@ def test_bytes_flipped_anywhere_in_a_header_never_do_more_than_refuse(folder):
         except LoadError:
             refused += 1
     assert refused > 250
+
+
+def test_it_is_told_when_a_kernel_is_compiled_and_not_when_it_is_there():
+    told = []
+    kernel = njit(lambda: 7)
+    with telling_of_compiling(lambda: told.append("compiling")):
+        assert kernel() == 7
+        assert told == ["compiling"]
+        assert kernel() == 7
+    assert told == ["compiling"]
