@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -58,6 +59,7 @@ class ProcessEngine:
         """What the last child that loaded said; a restart changes none of it."""
         self._attempt = _Attempt()
         self._restarts = 0
+        self._ready_at = math.inf
         self._past = _NO_GAUGES
         """The counters of all children before this one."""
         self._down = "the model is still loading"
@@ -184,7 +186,7 @@ class ProcessEngine:
         """Keep a child alive until cancelled."""
         pause = self._config.restart_backoff_s
         while True:
-            began = trio.current_time()
+            self._ready_at = math.inf
             self._child = Child(self._config, gauge=self._gauge, on_ready=self._on_ready)
             cause = await self._child.serve()
             if self._child.gauges is not None:
@@ -193,7 +195,7 @@ class ProcessEngine:
             self._down = f"the engine is being restarted: {cause}"
             attempt, self._attempt = self._attempt, _Attempt()
             if attempt.settled.is_set():
-                if trio.current_time() - began >= _STABLE_S:
+                if trio.current_time() - self._ready_at >= _STABLE_S:
                     pause = self._config.restart_backoff_s
             else:
                 attempt.failure = cause
@@ -205,6 +207,7 @@ class ProcessEngine:
 
     def _on_ready(self, ready: Ready) -> None:
         self._known = ready
+        self._ready_at = trio.current_time()
         if self._gauge.generated_tokens == 0:
             self._gauge.preset(tokens_per_second=ready.tokens_per_second, ttft_ms=ready.ttft_ms)
         logger.info(

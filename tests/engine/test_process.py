@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from pinaivu_node.engine import calls, process
+from pinaivu_node.engine import calls, client, process
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.frames import Gauges
@@ -165,6 +165,26 @@ async def test_a_childs_end_has_a_cause_and_a_successor(engine, caplog, prompt, 
     assert engine.statistics().restarts == 1
     assert cause in caplog.text
     assert len(await answer(engine, request("count"))) == 5
+
+
+async def test_a_child_that_took_long_to_load_and_dies_at_once_is_not_taken_for_well(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(process, "_COMMAND", (sys.executable, str(SCRIPT)))
+    monkeypatch.setattr(client, "_STABLE_S", 1.0)
+    hold = tmp_path / "hold"
+    async with open_engine(EngineConfig(model=tmp_path, restart_backoff_s=0.1)) as engine:
+        for _ in range(2):
+            hold.touch()
+            await trio.sleep(1.0)
+            hold.unlink()
+            await wait_until(lambda: engine.statistics().ready)
+            with pytest.raises(EngineDead):
+                await answer(engine, request("raise"))
+        await wait_until(lambda: engine.statistics().restarts == 2)
+    assert [
+        record.message[-16:] for record in caplog.records if "restart in" in record.message
+    ] == ["restart in 0.1 s", "restart in 0.2 s"]
 
 
 # -- what is told about it -------------------------------------------------------------------------
