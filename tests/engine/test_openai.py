@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,10 +23,13 @@ from pinaivu_node.engine.types import (
     EmbeddingRequest,
     EngineBusy,
     EngineDead,
+    EngineError,
     FinishReason,
     GenerationRequest,
     PromptRefused,
     SamplingParams,
+    Tool,
+    ToolUse,
 )
 
 # httpx leaves its nested generators to the collector when a response is closed half-read.
@@ -212,6 +216,24 @@ async def test_a_broken_stream_is_a_dead_engine():
         server.break_after = 5
         with pytest.raises(EngineDead, match="broke off"):
             await answer(engine, request())
+
+
+async def test_a_line_without_end_is_a_dead_engine(monkeypatch):
+    monkeypatch.setattr("pinaivu_node.engine.openai.engine._MAX_LINE_BYTES", -1)
+    async with serving() as (engine, _):
+        with pytest.raises(EngineDead, match="line without end"):
+            await answer(engine, request())
+
+
+@pytest.mark.parametrize("parameters", ['{"a": "\\ud800"}', "[" * 900 + "]" * 900, '{"a": 1e999}'])
+async def test_no_request_causes_anything_but_an_error_of_an_engine(parameters):
+    async with serving() as (engine, server):
+        asked = replace(request(), tools=ToolUse((Tool("f", parameters=parameters),)))
+        try:
+            await answer(engine, asked)
+        except EngineError:
+            assert not server.bodies
+        assert len(await answer(engine, request()))
 
 
 async def test_a_server_that_comes_back_is_ready_again(monkeypatch):

@@ -174,7 +174,8 @@ def test_half_a_surrogate_pair_does_not_come_through():
     [b"", b"[]", b"1", b'{"choices": 5}', b'{"choices": [{"index": 7, "text": "x"}]}',
      b'{"choices": [{"index": -1, "text": "x"}]}', b'{"choices": [{}]}', b"[" * 10**5,
      b'{"usage": {"prompt_tokens": 1}}', b'{"choices": [{"index": Infinity}]}',
-     b'{"choices": [{"delta": {"tool_calls": [3]}}]}'],
+     b'{"choices": [{"delta": {"tool_calls": [3]}}]}',
+     b'{"choices": [{"delta": {"tool_calls": [{"index": -1}]}}]}'],
 )  # fmt: skip
 def test_what_is_no_chunk_is_a_dead_engine(chunk):
     with pytest.raises(EngineDead, match="unreadable"):

@@ -103,12 +103,12 @@ class ServerAnswer:
                 yield event
 
     def _count(self, usage: dict[str, Any]) -> None:
-        self.input_tokens = int(usage["prompt_tokens"])
+        self.input_tokens = max(0, int(usage["prompt_tokens"]))
         # What is paid for is bounded by what was asked for, and so is the number of ids here.
         sampling = self._request.sampling
         self._counted = min(int(usage["completion_tokens"]), sampling.max_tokens * sampling.n)
         details = usage.get("prompt_tokens_details") or {}
-        self.cached_tokens = int(details.get("cached_tokens") or 0)
+        self.cached_tokens = max(0, int(details.get("cached_tokens") or 0))
 
     def _choice_event(self, said: dict[str, Any]) -> TokenEvent | None:
         index = int(said.get("index") or 0)
@@ -234,8 +234,11 @@ def _delta(call: dict[str, Any], at: int) -> ToolCallDelta:
     function = call.get("function") or {}
     index = call.get("index")
     call_id, name = call.get("id"), function.get("name")
+    index = at if index is None else int(index)
+    if index < 0:
+        raise ValueError(f"call {index}")
     return ToolCallDelta(
-        index=at if index is None else int(index),
+        index=index,
         id=None if call_id is None else str(call_id),
         name=None if name is None else str(name),
         arguments=str(function.get("arguments") or ""),

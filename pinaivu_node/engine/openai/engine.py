@@ -159,8 +159,9 @@ class OpenAIEngine:
     @asynccontextmanager
     async def _posted(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         """The open stream of an answer; errors of the server become the engine's."""
+        content, kind = _json(body), {"Content-Type": "application/json"}
         try:
-            async with self._client.stream("POST", path, json=body) as response:
+            async with self._client.stream("POST", path, content=content, headers=kind) as response:
                 if not response.is_success:
                     said = await _body(response, limit=_MAX_ERROR_BYTES)
                     raise _refusal(path, response.status_code, _error_text(said))
@@ -210,6 +211,14 @@ class _Answer:
         return self._answer.end()
 
 
+def _json(body: dict[str, Any]) -> bytes:
+    """Every letter that is not ASCII as an escape, which half a surrogate pair can be, too."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (ValueError, RecursionError) as exc:
+        raise PromptRefused(f"The request cannot be said in JSON: {exc}.") from exc
+
+
 def _bytes(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """The body; httpx declares less than what it returns, and what it returns wants closing."""
     return cast("AsyncGenerator[bytes, None]", response.aiter_bytes())
@@ -228,7 +237,7 @@ async def _data(response: httpx.Response) -> AsyncGenerator[bytes, None]:
                 if name == b"data":
                     yield value
             if len(buffer) > _MAX_LINE_BYTES:
-                raise ValueError("a line without end")
+                raise EngineDead("the server sends a line without end")
 
 
 async def _body(response: httpx.Response, *, limit: int) -> bytes:
