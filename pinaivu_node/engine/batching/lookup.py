@@ -16,6 +16,9 @@ from typing import Final
 
 _LENGTHS: Final = (3, 2)
 """Tokens that must have stood before; the longer match is the better guess."""
+_FIRST_TRUST: Final = 0.5
+"""Share of the longest guess that is made before any was judged.  With less, short matches do not
+count any more."""
 _LONGEST_PAUSE: Final = 32
 """Tokens without a guess after many that were wrong: an answer that begins to repeat late is found
 out within so many."""
@@ -30,7 +33,7 @@ class PromptLookup:
         self._followed: dict[tuple[int, ...], int] = {}
         """Where the token is that came after these, the last time they stood there."""
         self._indexed = 0
-        self._trust = 1.0
+        self._trust = _FIRST_TRUST
         self._pause = 0
         self._rest_until = 0
 
@@ -40,6 +43,8 @@ class PromptLookup:
         if most <= 0 or len(self._tokens) < self._rest_until:
             return []
         for length in _LENGTHS:
+            if length < _LENGTHS[0] and self._trust < _FIRST_TRUST:
+                break
             start = self._followed.get(tuple(self._tokens[-length:]))
             if start is not None:
                 return list(self._tokens[start : start + max(1, round(most * self._trust))])
@@ -47,7 +52,8 @@ class PromptLookup:
 
     def judge(self, *, guessed: int, right: int) -> None:
         """So many tokens were guessed, and the first so many of them came."""
-        self._trust = max(0.1, (self._trust + right / guessed) / 2)
+        all_right = right == guessed
+        self._trust = 1.0 if all_right else max(0.1, (self._trust + right / guessed) / 2)
         if right:
             self._pause = 0
             return
