@@ -60,17 +60,33 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 def serve(
     *,
     coordinator: Annotated[
-        str | None, typer.Option(help="The coordinator's multiaddr.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="The coordinator's multiaddr; repeat for its other addresses, or for others to "
+            "turn to when it cannot be reached.",
+            show_default=False,
+        ),
     ] = None,
     listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for HTTP; port 0: any.", show_default=False)
     ] = None,
     mesh_listen: Annotated[
-        list[str] | None, typer.Option(help="Multiaddr for peers.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Multiaddr for peers; /ws or /wss behind it for WebSockets.", show_default=False
+        ),
     ] = None,
     mesh_announce: Annotated[
         list[str] | None,
         typer.Option(help="Multiaddr to tell others, behind NAT.", show_default=False),
+    ] = None,
+    mesh_tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="PEM file, to listen for peers on /wss.", show_default=False),
+    ] = None,
+    mesh_tls_key: Annotated[
+        Path | None,
+        typer.Option(help="PEM file, if the key is not beside it.", show_default=False),
     ] = None,
     home: Home = None,
     database: Database = None,
@@ -82,6 +98,8 @@ def serve(
         "listen": listen,
         "mesh_listen": mesh_listen,
         "mesh_announce": mesh_announce,
+        "mesh_tls_cert": mesh_tls_cert,
+        "mesh_tls_key": mesh_tls_key,
         "home": home,
         "database": database,
     }
@@ -94,14 +112,20 @@ def serve(
 async def _serve(settings: GatewaySettings, as_json: bool) -> None:  # noqa: FBT001 - trio.run
     from functools import partial
 
-    from pinaivu_gateway.service import coordinator_of, serve_gateway
+    from pinaivu_gateway.service import check_coordinators, serve_gateway
     from pinaivu_node.mesh.config import MeshConfig
     from pinaivu_node.mesh.libp2p import open_libp2p_mesh
     from pinaivu_node.protocol.signing import Signer
 
-    coordinator_of(settings)  # before anything is opened
+    check_coordinators(settings)  # before anything is opened
     seed = load_or_create_seed(settings.home)
-    config = MeshConfig(listen=settings.mesh_listen, announce=settings.mesh_announce, hub=True)
+    config = MeshConfig(
+        listen=settings.mesh_listen,
+        announce=settings.mesh_announce,
+        tls_certificate=settings.mesh_tls_cert,
+        tls_key=settings.mesh_tls_key,
+        hub=True,
+    )
     stop = trio.Event()
     async with open_libp2p_mesh(config, seed=seed) as mesh, trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signal, stop, nursery.cancel_scope)

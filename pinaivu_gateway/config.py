@@ -71,13 +71,18 @@ class GatewaySettings(BaseSettings):
     )
 
     home: Path = DEFAULT_HOME
-    coordinator: str | None = None
-    """The coordinator's multiaddr, ending in /p2p/<peer id>."""
+    coordinator: Words = ()
+    """Multiaddrs ending in /p2p/<peer id>: several of one coordinator, or of several, of which the
+    first to answer is dealt with."""
     listen: str = "127.0.0.1:8080"
     """Where HTTP is served; port 0 picks a free one."""
     mesh_listen: Annotated[Words, Field(min_length=1)] = ("/ip4/0.0.0.0/tcp/0",)
     mesh_announce: Words = ()
     """Multiaddrs to tell others, for a gateway behind NAT or in a container."""
+    mesh_tls_cert: Path | None = None
+    """PEM, to listen for peers on /wss."""
+    mesh_tls_key: Path | None = None
+    """PEM; None: in the same file."""
     database: str | None = None
     """An SQLAlchemy URL; None: SQLite in the home folder."""
     http: HttpConfig = HttpConfig()

@@ -12,8 +12,8 @@ from pinaivu_gateway.context import Clock
 from pinaivu_gateway.http_server import bind
 from pinaivu_gateway.market import MarketConfig, open_market
 from pinaivu_gateway.store import RunSync, open_store
-from pinaivu_node.mesh.mesh import Mesh
-from pinaivu_node.protocol.ids import PeerId, public_key_of
+from pinaivu_node.mesh.bootstrap import by_peer, join_coordinator
+from pinaivu_node.mesh.mesh import Mesh, PeerUnreachable
 from pinaivu_node.protocol.signing import Signer
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
     Starts with the base URL for OpenAI's clients.  `run_sync` does one blocking call of the
     database; by default in a thread.  Raises ConfigError, ListenError, StoreError.
     """
-    coordinator = coordinator_of(settings)
+    check_coordinators(settings)
     settings.home.mkdir(parents=True, exist_ok=True, mode=OWNER_ONLY)
     listener = bind(settings.listen)
     try:
+        coordinator = await join_coordinator(mesh, settings.coordinator)
+        address = by_peer(settings.coordinator)[coordinator][0]
         async with (
             open_store(settings.database_url, run_sync=run_sync) as store,
-            open_market(mesh, signer, coordinator, store, MarketConfig(), clock=clock) as market,
+            open_market(mesh, signer, address, store, MarketConfig(), clock=clock) as market,
         ):
             await serve_http(
                 market,
@@ -60,14 +62,15 @@ async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
         listener.close()
 
 
-def coordinator_of(settings: GatewaySettings) -> str:
-    """The coordinator's multiaddr.  Raises ConfigError if it is missing or names no peer."""
-    address = settings.coordinator or ""
+def check_coordinators(settings: GatewaySettings) -> None:
+    """ConfigError unless somebody is named who could be dialled."""
     try:
-        public_key_of(PeerId(address.rpartition("/p2p/")[2]))
-    except ValueError as exc:
-        raise ConfigError(
-            "which coordinator? Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set "
-            f"`coordinator` in {settings.home / 'config.toml'}"
-        ) from exc
-    return address
+        if by_peer(settings.coordinator):
+            return
+        fault = "which coordinator?"
+    except PeerUnreachable as exc:
+        fault = f"which coordinator? {exc}."
+    raise ConfigError(
+        f"{fault} Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set `coordinator` in "
+        f"{settings.home / 'config.toml'}"
+    )

@@ -41,7 +41,8 @@ def _split(value: object) -> object:
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+AnyWords = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Words = Annotated[AnyWords, Field(min_length=1)]
 
 
 class _Settings(BaseSettings):
@@ -50,6 +51,12 @@ class _Settings(BaseSettings):
     home: Path
     models_folder: Path = DATA_FOLDER / "models"
     """Where weights live; shared by every daemon of this machine, whatever their home."""
+    announce: AnyWords = ()
+    """Multiaddrs to tell others instead of those listened on, behind a NAT or a proxy."""
+    tls_cert: Path | None = None
+    """PEM, to listen on /wss."""
+    tls_key: Path | None = None
+    """PEM; None: in the same file."""
 
     @classmethod
     def settings_customise_sources(
@@ -73,7 +80,9 @@ class ProviderSettings(_Settings):
 
     home: Path = DATA_FOLDER / "provider"
     model: Words = ("smollm2:135m",)
-    coordinator: str | None = None
+    coordinator: AnyWords = ()
+    """Multiaddrs: several of one coordinator, or of several, of which the first to answer is
+    dealt with."""
     listen: Words = ("/ip4/0.0.0.0/tcp/0",)
     price_input: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_INPUT
     price_cached_input: Annotated[int, Field(ge=0, le=2**53 - 1)] | None = None

@@ -32,9 +32,10 @@ from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import Engine
 from pinaivu_node.identity import load_or_create_seed
 from pinaivu_node.interpreter import tune_for_latency
+from pinaivu_node.mesh.bootstrap import by_peer, join_coordinator
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
-from pinaivu_node.mesh.mesh import Mesh
+from pinaivu_node.mesh.mesh import Mesh, PeerUnreachable
 from pinaivu_node.models.catalogue import CATALOGUE, ModelKind
 from pinaivu_node.models.pull import pull_missing
 from pinaivu_node.models.store import InstalledModel, ModelStore
@@ -78,31 +79,30 @@ def fetch_models(settings: ProviderSettings, *, console: Console) -> None:
 
     The cheap check comes first: nobody fetches a gigabyte to learn of a missing flag.
     """
-    _coordinator_of(settings)
+    _check_coordinators(settings)
     if settings.engine == "torch":
         pull_missing(settings.models_folder, settings.model, console=console)
 
 
 async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
     """Sell the configured models until SIGINT or SIGTERM; `live` shows the screen."""
-    coordinator = _coordinator_of(settings)
+    _check_coordinators(settings)
     seed = load_or_create_seed(settings.home)
     async with AsyncExitStack() as stack:
         models = await _open_models(stack, settings)
         engines = {served.model: served for served in models}
-        mesh = await stack.enter_async_context(
-            open_libp2p_mesh(MeshConfig(listen=settings.listen), seed=seed)
-        )
+        mesh = await stack.enter_async_context(open_libp2p_mesh(_mesh_config(settings), seed=seed))
         nursery = await stack.enter_async_context(_until_stopped())
+        coordinator = await join_coordinator(mesh, settings.coordinator)
         provider: Provider = await nursery.start(
             partial(
                 serve_provider,
                 mesh,
                 Signer(seed),
                 coordinator,
-                settings.coordinator,
+                None,
                 engines,
-                ProviderConfig(proofs_folder=settings.home / "proofs"),
+                ProviderConfig(proofs_folder=settings.home / "proofs" / coordinator),
                 clock=unix_clock,
             )
         )
@@ -117,17 +117,17 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
         await trio.sleep_forever()
 
 
-def _coordinator_of(settings: ProviderSettings) -> PeerId:
-    address = settings.coordinator or ""
-    peer = PeerId(address.rpartition("/p2p/")[2])
+def _check_coordinators(settings: ProviderSettings) -> None:
     try:
-        public_key_of(peer)
-    except ValueError as exc:
-        raise DaemonError(
-            "which coordinator? Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set "
-            f"`coordinator` in {settings.home / 'config.toml'}"
-        ) from exc
-    return peer
+        if by_peer(settings.coordinator):
+            return
+        fault = "which coordinator?"
+    except PeerUnreachable as exc:
+        fault = f"which coordinator? {exc}."
+    raise DaemonError(
+        f"{fault} Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set `coordinator` in "
+        f"{settings.home / 'config.toml'}"
+    )
 
 
 async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> list[ServedModel]:
@@ -326,7 +326,7 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
     config = CoordinatorConfig(welcome_credit=settings.welcome_credit)
     async with (
         open_store(database) as store,
-        open_libp2p_mesh(MeshConfig(listen=settings.listen, hub=True), seed=seed) as mesh,
+        open_libp2p_mesh(_mesh_config(settings, hub=True), seed=seed) as mesh,
         _until_stopped() as nursery,
     ):
         coordinator: Coordinator = await nursery.start(
@@ -367,6 +367,18 @@ def _coordinator_handlers(coordinator: Coordinator, mesh: Mesh) -> Mapping[str, 
 
 
 # --- both -----------------------------------------------------------------------------------------
+
+
+def _mesh_config(
+    settings: ProviderSettings | CoordinatorSettings, *, hub: bool = False
+) -> MeshConfig:
+    return MeshConfig(
+        listen=settings.listen,
+        announce=settings.announce,
+        tls_certificate=settings.tls_cert,
+        tls_key=settings.tls_key,
+        hub=hub,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -33,6 +33,30 @@ if TYPE_CHECKING:
     from pinaivu_node.devnet import Devnet, DevnetPlan
 
 Flag = Annotated[str | None, typer.Option(show_default=False)]
+Coordinators = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The coordinator's multiaddr; repeat for its other addresses, or for others to turn "
+        "to when it cannot be reached.",
+        show_default=False,
+    ),
+]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Multiaddr to listen on; /ws or /wss behind it for WebSockets.", show_default=False
+    ),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(help="Multiaddr to tell others, behind a NAT or a proxy.", show_default=False),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option(help="PEM file, to listen on /wss.", show_default=False)
+]
+TlsKey = Annotated[
+    Path | None, typer.Option(help="PEM file, if the key is not beside it.", show_default=False)
+]
 
 
 @app.command(
@@ -49,12 +73,11 @@ def start(
             show_default=False,
         ),
     ] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(help="The coordinator's multiaddr.", show_default=False)
-    ] = None,
-    listen: Annotated[
-        list[str] | None, typer.Option(help="Multiaddr to listen on.", show_default=False)
-    ] = None,
+    coordinator: Coordinators = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     price_input: Annotated[
         int | None, typer.Option(help="NanoX per million prompt tokens.", show_default=False)
     ] = None,
@@ -152,9 +175,10 @@ def start(
 @app.command(epilog="Example: `pinaivu-node coordinate --listen /ip4/0.0.0.0/tcp/4001`")
 def coordinate(
     *,
-    listen: Annotated[
-        list[str] | None, typer.Option(help="Multiaddr to listen on.", show_default=False)
-    ] = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     database: Annotated[
         str | None,
         typer.Option(help="SQLAlchemy URL; default: SQLite in the home.", show_default=False),

@@ -24,12 +24,12 @@ def test_flags_are_stronger_than_variables_and_those_than_the_file(tmp_path: Pat
     monkeypatch.setenv("PINAIVU_GATEWAY_COORDINATOR", "variable")
     monkeypatch.setenv("PINAIVU_GATEWAY_MESH_LISTEN", "/ip4/1.2.3.4/tcp/1,/ip4/1.2.3.4/tcp/2")
     monkeypatch.setenv("PINAIVU_GATEWAY_HTTP__STALL_LIMIT", "5")
-    flags = {"home": tmp_path, "coordinator": "flag", "listen": None, "mesh_listen": []}
+    flags = {"home": tmp_path, "coordinator": ["flag"], "listen": None, "mesh_listen": []}
     settings = load(flags, os.environ)
     assert (settings.listen, settings.database_url, settings.coordinator) == (
         "127.0.0.1:1",
         "sqlite:///v",
-        "flag",
+        ("flag",),
     )
     assert settings.mesh_listen == ("/ip4/1.2.3.4/tcp/1", "/ip4/1.2.3.4/tcp/2")
     assert (settings.http.ping_interval, settings.http.stall_limit) == (3, 5)
