@@ -55,7 +55,7 @@ async def test_without_a_coordinator_it_serves_and_says_so(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"coordinator": None}, ConfigError),
+        ({"coordinator": ()}, ConfigError),
         ({"coordinator": "/ip4/1.2.3.4/tcp/1/p2p/x"}, ConfigError),
         ({"listen": "nowhere"}, ConfigError),
         ({"database": "sqlite:////no/such/folder/x.db"}, StoreError),
