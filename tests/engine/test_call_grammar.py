@@ -157,6 +157,7 @@ def test_thoughts_and_tags_that_are_tokens_may_stand_in_an_automatic_answer():
         '{"type": "object", "x-guidance": {"whitespace_pattern": "("}}',
         '{"type": "object", "properties": {"q": {"enum": ["/* \\" */", "\\n\\u2028"]}}}',
         '{"type": "object", "properties": 5, "required": 6}',
+        '{"properties": {"\\u007f\\u0085": {"enum": ["\\u007f"]}}, "required": ["\\u007f\\u0085"]}',
     ],
 )
 @pytest.mark.parametrize("name", NATIVE)

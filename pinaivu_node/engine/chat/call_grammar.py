@@ -193,7 +193,8 @@ def _arguments(tool: Tool) -> list[tuple[str, dict[str, Any], bool]]:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    # Strings in Lark are those of JSON, but for DEL, which JSON leaves as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _json(tool: Tool) -> str:
