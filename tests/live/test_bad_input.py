@@ -24,10 +24,12 @@ from pinaivu_node.engine.types import (
     ConstraintKind,
     EngineBusy,
     EngineDead,
+    FinishReason,
     GenerationRequest,
     PromptRefused,
     SamplingParams,
     Tool,
+    ToolCall,
     ToolChoice,
     ToolUse,
 )
@@ -57,6 +59,30 @@ def tool(parameters: str, name: str = "f") -> dict:
     return {"tools": ToolUse((Tool(name, parameters=parameters),), choice=ToolChoice.REQUIRED)}
 
 
+def chat(said: str) -> dict:
+    return {"prompt": (ChatMessage("user", said),)}
+
+
+def called(arguments: str) -> dict:
+    call = ChatMessage("assistant", "", (ToolCall("1", "f", arguments),))
+    told = ChatMessage("tool", "nothing", tool_call_id="1")
+    return {"prompt": (*HELLO, call, told), "tools": ToolUse((Tool("f"),))}
+
+
+MISCHIEF = """\
+{%- set said = messages[-1]['content'] -%}
+{%- if said == 'refuse' %}{{ raise_exception('no such chat') }}{% endif -%}
+{%- if said == 'trip' %}{{ messages[0].nothing.at.all }}{% endif -%}
+{%- if said == 'loop' -%}
+{%- for a in range(99999) %}{% for b in range(99999) %}
+{% set c = 1 %}
+{% endfor %}{% endfor -%}
+{%- endif -%}
+{%- if said == 'count' %}{{ range(10 ** 9) | list }}{% endif -%}
+"""
+"""Before the model's own template: what a model's author could write, and a user set off."""
+
+
 def nested(depth: int) -> dict:
     said: dict = {"type": "string"}
     for _ in range(depth):
@@ -69,7 +95,7 @@ BAD = {
     "an endless stop string": (sampling(stop=("x" * 10**6,)), "characters of a stop string"),
     "a million stop tokens": (sampling(stop_token_ids=(5,) * 10**6), "Too many stop tokens"),
     "biases without end": (
-        sampling(logit_bias=dict.fromkeys(range(40_000), 1.0)),
+        sampling(logit_bias=dict.fromkeys(range(10**5), 1.0)),
         "Too many biased tokens",
     ),
     "a bias on no token": (sampling(logit_bias={10**6: 1.0}), "There is no token 1000000"),
@@ -78,12 +104,28 @@ BAD = {
     "a negative token": ({"prompt": (1, -2)}, "There is no token -2"),
     "a token beyond all words": ({"prompt": (1, 2**62)}, "There is no token"),
     "an empty prompt": ({"prompt": ()}, "empty"),
-    "a prompt over the context": ({"prompt": (5,) * 9000}, "maximum context length is 8192"),
+    "a prompt over the context": ({"prompt": (5,) * 9000}, "maximum context length is 1024"),
+    "a prompt over the pipe": ({"prompt": "x" * (17 << 20)}, "over the limit"),
+    "half a character": ({"prompt": "a\ud800"}, "surrogates"),
+    "turns and tokens": ({"prompt": (*HELLO, 5)}, "cannot be taken"),
+    "tokens that are none": ({"prompt": (5, True)}, "cannot be taken"),
+    "a token and a half": ({"prompt": (5, 1.5)}, "cannot be taken"),
+    "no prompt at all": ({"prompt": None}, "cannot be taken"),
+    "a chat that the template refuses": (chat("refuse"), "no such chat"),
+    "a chat that the template trips over": (chat("trip"), "template refuses"),
+    "a chat that the template never ends": (chat("loop"), "does not end"),
+    "a chat that the template counts too far": (chat("count"), "template refuses"),
     "a text over the context": ({"prompt": "word " * 200_000}, "context window"),
     "resumed from no token": ({"resume_token_ids": (2**40,)}, "There is no token"),
-    "resumed past the context": ({"resume_token_ids": (5,) * 9000}, "in 9031 tokens"),
+    "resumed past the context": ({"resume_token_ids": (5,) * 9000}, "in 90[0-9]+ tokens"),
     "a temperature that is no number": (sampling(temperature=math.nan), "temperature must be"),
     "an endless temperature": (sampling(temperature=math.inf), "temperature must be"),
+    "a temperature in words": (sampling(temperature="hot"), "must be numbers"),
+    "half a token more": (sampling(max_tokens=8.5), "max_tokens must be a whole number"),
+    "half a likeliest token": (sampling(top_k=0.5), "top_k must be a whole number"),
+    "a stop string of bytes": (sampling(stop=(b"x",)), "must be text"),
+    "a bias in words": (sampling(logit_bias={5: "much"}), "A bias must be a number"),
+    "tokens without end": (sampling(max_tokens=2**70), "cannot be taken"),
     "a negative top_p": (sampling(top_p=-1.0), "top_p must be"),
     "a hundred thousand answers": (sampling(n=10**5), "answers to a prompt"),
     "tokens below zero": (sampling(max_tokens=-1), "max_tokens is negative"),
@@ -119,6 +161,12 @@ BAD = {
     ),
     "a tool without a schema": (tool("[]"), "no JSON schema"),
     "a tool whose schema is a bomb": (tool("[" * 10**5), "no JSON schema"),
+    "a tool with half a character": (
+        tool('{"properties": {"a": {"const": "\\ud800"}}, "required": ["a"]}'),
+        "",
+    ),
+    "an earlier call with half a character": (called('{"a": "\\ud800"}'), ""),
+    "an earlier call that is endless": (called("[" * 10**5), ""),
     "a tool with a name from hell": (tool("{}", name='"}}\n%}'), "no name for a tool"),
 }
 MAY_BE_ANSWERED = {
@@ -128,6 +176,9 @@ MAY_BE_ANSWERED = {
     "a regex bomb",
     "a regex of alternatives",
     "a grammar that never ends",
+    "a tool with half a character",
+    "an earlier call with half a character",
+    "an earlier call that is endless",
 }
 """Where the grammar's compiler may find a way: then the answer is short and right."""
 
@@ -141,6 +192,18 @@ def folder() -> Path:
     with ConsoleProgress(Console(stderr=True)) as progress:
         store = ModelStore(Path(where).expanduser())
         return pull(store, "smollm2:135m", progress=progress).folder
+
+
+@pytest.fixture
+def mischievous(folder, tmp_path) -> Path:
+    where = tmp_path / "mischievous"
+    shutil.copytree(folder, where, copy_function=os.symlink)
+    from transformers import AutoTokenizer
+
+    template = AutoTokenizer.from_pretrained(folder).chat_template
+    (where / "chat_template.jinja").unlink(missing_ok=True)
+    (where / "chat_template.jinja").write_text(MISCHIEF + template)
+    return where
 
 
 def is_right(name: str, heard: str) -> bool:
@@ -158,11 +221,28 @@ def text_of(events) -> str:
     return "".join(event.text for event in events)
 
 
-async def test_each_is_refused_alone_and_its_mates_hear_nothing_of_it(folder):
+async def heard_of(engine, name: str) -> tuple[str, float]:
+    """What is said to one of these, and the seconds until then."""
+    bad = replace(GenerationRequest(name, HELLO, FINE), **BAD[name][0])
+    began = trio.current_time()
+    try:
+        events = await said(engine, bad)
+        heard = events[-1].error or f"{ANSWERED}{text_of(events)}"
+    except PromptRefused as exc:
+        heard = str(exc)
+    except EngineBusy:  # with the constraint before it, which was given up
+        await trio.sleep(0.1)
+        return await heard_of(engine, name)
+    return heard, trio.current_time() - began
+
+
+async def test_each_is_refused_alone_at_once_and_its_mates_hear_nothing_of_it(mischievous):
     mate = GenerationRequest("mate", (ChatMessage("user", "Tell me a story."),), FINE)
     mate = replace(mate, sampling=replace(FINE, max_tokens=100))
     heard: dict[str, str] = {}
-    async with open_engine(EngineConfig(model=folder, device="cpu", threads=1)) as engine:
+    slow: dict[str, float] = {}
+    config = EngineConfig(model=mischievous, device="cpu", threads=1, context_window=1024)
+    async with open_engine(config) as engine:
         await engine.wait_ready()
         alone = text_of(await said(engine, mate))
         stories: list[str] = []
@@ -175,18 +255,22 @@ async def test_each_is_refused_alone_and_its_mates_hear_nothing_of_it(folder):
                     told.set()
 
             nursery.start_soon(keep_telling)
-            for name, (changes, _) in BAD.items():
-                bad = replace(GenerationRequest(name, HELLO, FINE), **changes)
-                try:
-                    events = await said(engine, bad)
-                except PromptRefused as exc:
-                    heard[name] = str(exc)
-                else:
-                    heard[name] = events[-1].error or f"{ANSWERED}{text_of(events)}"
+            for name in BAD:
+                heard[name], seconds = await heard_of(engine, name)
+                if not heard[name].startswith(ANSWERED):
+                    slow[name] = seconds
+            for name in [name for name, seconds in slow.items() if seconds >= 1]:
+                # The machine may have been busy with something else; not three times.
+                slow[name] = min([(await heard_of(engine, name))[1] for _ in range(2)])
+            endless = replace(FINE, max_tokens=2**62)
+            events = await said(engine, GenerationRequest("endless", (5,) * 1000, endless))
+            assert events[-1].finish_reason is FinishReason.LENGTH
+            assert sum(len(event.token_ids) for event in events) == 24
             await told.wait()
             nursery.cancel_scope.cancel()
         wrong = {name: each for name, each in heard.items() if not is_right(name, each)}
         assert not wrong
+        assert not {name: seconds for name, seconds in slow.items() if seconds >= 1}
         assert set(stories) == {alone}
         assert engine.statistics().restarts == 0
         with trio.fail_after(5):
@@ -207,7 +291,7 @@ async def test_a_client_that_never_reads_holds_up_nobody(folder):
             engine.generate(GenerationRequest("c", HELLO, endless)),
         ):
             await anext(aiter(first))
-            for _ in range(5):
+            for _ in range(2):
                 assert text_of(await said(engine, asked)) == alone
             async with (
                 engine.generate(GenerationRequest("d", HELLO, endless)),
