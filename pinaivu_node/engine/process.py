@@ -75,6 +75,7 @@ class Child:
         self._log_ended = trio.Event()
         self._cause: str | None = None
         self._heard = False
+        self._answered = False
         self._ping_open = False
         self._gauged_at = 0.0
         self._steps = 0
@@ -219,7 +220,9 @@ class Child:
             logger.info("engine process %s: %s", self.pid, text)
 
     async def _watch(self, everything: trio.CancelScope) -> None:
-        """End the conversation with a child that does not load in time or falls silent."""
+        """End the conversation with a child that does not load in time, falls silent, or goes on
+        stepping while the thread that takes in requests hangs.
+        """
         with trio.move_on_after(self._config.load_timeout_s):
             await self._loaded.wait()
         if self.ready is None:
@@ -227,17 +230,20 @@ class Child:
             everything.cancel()
             return
         interval = min(self._config.ping_interval_s, self._config.hang_timeout_s / 2)
-        silent = 0.0
+        silent = deaf = 0.0
         # Silence is counted in intervals in which nothing was heard, not by the clock: when it is
         # our own loop that was held up, the child is not to blame.
-        while silent < self._config.hang_timeout_s:
-            self._heard = False
+        while max(silent, deaf) < self._config.hang_timeout_s:
+            self._heard = self._answered = False
+            has_asked = self._has_asked
             if not self._ping_open:
                 self._ping_open = True
                 self._send(encode(Ping(1)))
             await trio.sleep(interval)
             silent = 0.0 if self._heard else silent + interval
-        self._cause = f"the step loop was silent for {self._config.hang_timeout_s:g} s: hung"
+            deaf = deaf + interval if has_asked and not self._answered else 0.0
+        what = "the step loop was silent" if silent >= deaf else "it took in no request"
+        self._cause = f"{what} for {self._config.hang_timeout_s:g} s: hung"
         everything.cancel()
 
     # -- what the child says ----------------------------------------------------------------------
@@ -319,7 +325,13 @@ class Child:
         done = before.queued_prefill_tokens + came - now.queued_prefill_tokens
         self._gauge.prompts_beside(done, seconds)
 
+    @property
+    def _has_asked(self) -> bool:
+        """Whether a generation waits for a word on it."""
+        return any(isinstance(call, Call) and not call.accepted for call in self.calls.values())
+
     def _hear_answer(self, said: Accepted | Refused | Embedded) -> None:
+        self._answered = True
         call = self._call(said.request_id)
         if call is None:
             return

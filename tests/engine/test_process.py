@@ -167,6 +167,22 @@ async def test_a_childs_end_has_a_cause_and_a_successor(engine, caplog, prompt, 
     assert len(await answer(engine, request("count"))) == 5
 
 
+async def test_a_child_that_makes_steps_and_takes_in_no_request_is_hung(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(process, "_COMMAND", (sys.executable, str(SCRIPT)))
+    settings = EngineConfig(model=tmp_path, hang_timeout_s=0.3, restart_backoff_s=0.05)
+    async with open_engine(settings) as engine:
+        await engine.wait_ready()
+        async with engine.generate(request("clock", "mate", max_tokens=10**6)) as mate:
+            with pytest.raises(EngineDead, match=r"took in no request for 0\.3 s"):
+                await answer(engine, request("deaf"))
+            with pytest.raises(EngineDead):
+                [event async for event in mate]
+        await wait_until(lambda: engine.statistics().ready)
+        assert len(await answer(engine, request("count"))) == 5
+
+
 async def test_a_child_that_took_long_to_load_and_dies_at_once_is_not_taken_for_well(
     tmp_path, monkeypatch, caplog
 ):
