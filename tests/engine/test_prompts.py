@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import json
 import time
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -296,30 +295,6 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised():
     for prompt in ("x" * (10 * longest + 1), (ChatMessage("user", "x" * 10 * longest),)):
         with pytest.raises(PromptRefused, match="context window"):
             encoder.encode(prompt)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_boundary_is_how_much_two_chats_with_one_beginning_share(name):
-    encoder, _ = encoder_of(name)
-    ids, boundaries = encoder.encode_with_boundaries(TALK, TOOLS)
-    assert ids == encoder.encode(TALK, TOOLS)
-    assert len(boundaries) == len(TALK)
-    assert list(boundaries) == sorted(boundaries)
-    assert boundaries[-1] > len(ids) - 60
-    for count in range(1, len(TALK)):
-        other = (*TALK[:count], replace(TALK[count], content="Something else."))
-        assert encoder.encode(other, TOOLS)[: boundaries[count - 1]] == ids[: boundaries[count - 1]]
-
-
-def test_boundaries_of_a_plain_chat_are_where_the_turns_end():
-    talk = tuple(ChatMessage(role, f"{role}<|im_end|>") for role in ("user", "assistant") * 50)
-    encoder = PromptEncoder(TOKENIZER, random_word=lambda: "p0123456789abcdef")
-    ids, boundaries = encoder.encode_with_boundaries(talk)
-    assert boundaries[:36] == (0,) * 36
-    for count in (37, 80, 100):
-        assert encoder.encode(talk[:count])[: boundaries[count - 1]] == ids[: boundaries[count - 1]]
-        shown = TOKENIZER.decode(ids[: boundaries[count - 1]])
-        assert shown.endswith(f"{talk[count - 1].role}<|im_end|><|im_end|>\n")
 
 
 def test_thousands_of_marks_are_found_in_one_go_and_the_longest_of_two():

@@ -57,9 +57,9 @@ class Conversation:
         """What the template is given; nothing if the tools are in the words."""
         return self._tools if self._dialect.native else []
 
-    def turns(self, count: int | None = None) -> list[Turn]:
-        """The first so many messages as turns, instructions first."""
-        turns = [dict(turn) for turn in self._turns[:count]]
+    def turns(self) -> list[Turn]:
+        """The messages as turns, instructions first."""
+        turns = [dict(turn) for turn in self._turns]
         if self._tools and not self._dialect.native:
             lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in self._tools)
             # After the instructions, so that tools which change leave a prefix to share.

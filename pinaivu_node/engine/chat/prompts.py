@@ -14,13 +14,11 @@ are in play, a typed one gets a backslash, which JSON reads as nothing and a tem
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Final, TypeAlias
 
-from pinaivu_node.engine.chat.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn, shared
+from pinaivu_node.engine.chat.chat_template import TEMPLATE_FAULTS, ChatTemplate, Turn
 from pinaivu_node.engine.chat.conversation import Conversation, alternating
 from pinaivu_node.engine.chat.dialects import dialect_of
 from pinaivu_node.engine.types import ChatMessage, PromptRefused, ToolUse
@@ -32,8 +30,6 @@ _NOTHING: Final = re.compile("(?!)")
 _CLOSING_TAG: Final = re.compile(r"</([A-Za-z_]+)>")
 _MAX_FORGED: Final = 4096
 """Marks in one client's text: each is tokenised by itself, so many in half a second."""
-_MAX_BOUNDARIES: Final = 64
-"""Messages of a chat, from the end, whose boundaries are sought: each costs a rendering."""
 
 Prompt = tuple[ChatMessage, ...] | str | tuple[int, ...]
 _Tree: TypeAlias = "dict[str, _Tree]"
@@ -106,33 +102,12 @@ class PromptEncoder:
             ids = list(self._tokenizer(prompt)["input_ids"])
         elif messages := [part for part in prompt if isinstance(part, ChatMessage)]:
             chat, disarmed = self._chat(messages, tools)
-            ids, _ = self._tokenised(self._render(chat), disarmed)
+            ids = self._tokenised(self._render(chat), disarmed)
         else:
             ids = [int(part) for part in prompt if not isinstance(part, ChatMessage)]
         if not ids:
             raise PromptRefused("The prompt is empty.")
         return ids
-
-    def encode_with_boundaries(
-        self, prompt: tuple[ChatMessage, ...], tools: ToolUse | None = None
-    ) -> tuple[list[int], tuple[int, ...]]:
-        """The ids, and for each message how many of them the chat up to and with it settles.
-
-        Another chat with the same tools that begins with the same messages begins with these ids,
-        if a turn of the same role follows: some templates join turns, or put tools before the last
-        question.  0 stands for messages too far from the end to be worth a rendering.
-        """
-        chat, disarmed = self._chat(prompt, tools)
-        rendered = self._render(chat)
-        ids, ends = self._tokenised(rendered, disarmed)
-        boundaries = [0] * len(prompt)
-        for count in range(max(1, len(prompt) + 1 - _MAX_BOUNDARIES), len(prompt) + 1):
-            try:
-                begun = self._render(chat, count)
-            except PromptRefused:  # a chat that ends here is none, for this template
-                continue
-            boundaries[count - 1] = bisect_right(ends, shared(rendered, begun))
-        return ids, tuple(accumulate(boundaries, max))
 
     def _chat(
         self, messages: Sequence[ChatMessage], use: ToolUse | None
@@ -154,13 +129,12 @@ class PromptEncoder:
         except TEMPLATE_FAULTS:
             return False
 
-    def _render(self, chat: Conversation, count: int | None = None) -> str:
-        """The chat, or its first so many messages without what calls for an answer."""
-        turns = chat.turns(count)
+    def _render(self, chat: Conversation) -> str:
+        turns = chat.turns()
         ways = [alternating(turns)] if self._folds_system else [turns, alternating(turns)]
         for way in ways:  # some templates insist that user and assistant alternate
             try:
-                rendered = self._template.render(way, tools=chat.tools, generation=count is None)
+                rendered = self._template.render(way, tools=chat.tools)
             except TEMPLATE_FAULTS as exc:
                 fault = exc
             else:
@@ -174,45 +148,28 @@ class PromptEncoder:
                 f"The prompt has {len(text)} characters: more than the context window can hold."
             )
 
-    def _tokenised(self, rendered: str, disarmed: _Disarmed) -> tuple[list[int], list[int]]:
-        """The ids, and where in the text each of them ends."""
+    def _tokenised(self, rendered: str, disarmed: _Disarmed) -> list[int]:
         ids: list[int] = []
-        ends: list[int] = []
         as_text: dict[str, list[int]] = {}
-        at = 0
         for place, piece in enumerate(disarmed.pieces(rendered)):
             if place % 2 == 1:  # a forged mark
                 mark = disarmed.forged[int(piece)]
-                forged = as_text.get(mark) or as_text.setdefault(mark, self._as_text(mark))
-                at += len(f"{disarmed.word}x{piece}x")
-                ids += forged
-                ends += [at] * len(forged)
+                ids += as_text.get(mark) or as_text.setdefault(mark, self._as_text(mark))
             elif piece:
-                found, found_ends = self._ids_and_ends(piece, first=place == 0)
-                ids += found
-                ends += [at + end for end in found_ends]
-                at += len(piece)
-        return ids, list(accumulate(ends, max))
+                ids += self._ids(piece, first=place == 0)
+        return ids
 
-    def _ids_and_ends(
-        self, text: str, *, first: bool, split: bool = False
-    ) -> tuple[list[int], list[int]]:
+    def _ids(self, text: str, *, first: bool, split: bool = False) -> list[int]:
         before = "\n" if self._adds_space and not first else ""
-        found = self._tokenizer(
-            before + text,
-            add_special_tokens=False,
-            split_special_tokens=split,
-            return_offsets_mapping=True,
-        )
+        found = self._tokenizer(before + text, add_special_tokens=False, split_special_tokens=split)
         ids: list[int] = found["input_ids"]
-        ends = [end - len(before) for _, end in found["offset_mapping"]]
         if before and ids[: len(self._newline)] == self._newline:
-            return ids[len(self._newline) :], ends[len(self._newline) :]
-        return (ids, ends) if not before else self._ids_and_ends(text, first=True, split=split)
+            return ids[len(self._newline) :]
+        return ids if not before else self._ids(text, first=True, split=split)
 
     def _as_text(self, mark: str) -> list[int]:
         """The mark as the characters that it is."""
-        ids, _ = self._ids_and_ends(mark, first=False, split=True)
+        ids = self._ids(mark, first=False, split=True)
         if self._mark_ids.isdisjoint(ids):
             return ids
         ids = [number for letter in mark for number in self._plain_ids(letter)]

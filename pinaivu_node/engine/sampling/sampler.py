@@ -177,15 +177,6 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Chosen | Broken]
     ]
 
 
-def warm_up() -> None:
-    """Compile the kernel, or load it from the disk; else the first token waits for that."""
-    params = SamplingParams(max_tokens=1, top_k=2, top_p=0.5, logprobs=1, logit_bias={0: 1.0})
-    cpu = torch.device("cpu")
-    state = SequenceSampling(params, seed=0, prompt=(), answer=(), vocabulary=8, device=cpu)
-    allowed = torch.full((1,), -1, dtype=torch.int32)
-    choose(torch.zeros(1, 8), [Draw(state, 0, allowed)])
-
-
 def _check(logits: torch.Tensor, draws: Sequence[Draw]) -> None:
     if logits.dtype != torch.float32 or logits.ndim != 2 or len(logits) != len(draws):
         raise ValueError(f"{len(draws)} draws from {logits.dtype} logits {tuple(logits.shape)}")
