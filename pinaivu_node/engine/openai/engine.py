@@ -150,7 +150,7 @@ class OpenAIEngine:
             names = [str(row["id"]) for row in response.json()["data"]]
         except httpx.HTTPError as exc:
             return repr(exc)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "its list of models is unreadable"
         if self._config.model not in names:
             return f"it serves {', '.join(names) or 'nothing'}, not {self._config.model}"
