@@ -267,6 +267,24 @@ async def test_a_peer_that_ignores_flow_control_is_accused_and_cut_off(streams):
         await read_exactly(theirs, INITIAL_WINDOW + 1)
 
 
+async def test_a_task_that_only_writes_lets_others_run(streams):
+    ours, _ = streams
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        for _ in range(100):  # neither window nor socket is full
+            await ours.write(bytes(2048))
+        assert turns
+        nursery.cancel_scope.cancel()
+
+
 async def test_only_one_task_may_read(streams):
     ours, _ = streams
     async with trio.open_nursery() as nursery:
@@ -287,6 +305,17 @@ class TestPulse:
             with pytest.raises(MuxedStreamReset):
                 await stream.read()
             assert 3.5 <= trio.current_time() - started < 5
+
+    async def test_nobody_is_given_up_for_our_own_absence(self, autojump_clock):
+        async with joined(layer_pair) as (one, other):
+            for _ in range(5):
+                autojump_clock.jump(60)
+                await trio.sleep(1.1)
+            assert one.connection.is_established
+            other.connection.flush = other.connection.touch = lambda: None
+            autojump_clock.jump(60)
+            with trio.fail_after(5):
+                await one.connection.event_closed.wait()
 
     async def test_an_idle_connection_stays_and_only_its_dialler_pings(self, autojump_clock):
         async with joined(layer_pair) as (one, other):

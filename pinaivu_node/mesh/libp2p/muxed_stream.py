@@ -35,6 +35,7 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
         core.owner = self
         self._reader: trio.lowlevel.Task | None = None
         self._writers = trio.lowlevel.ParkingLot()
+        self._written = 0
         self.when_closed: Callable[[], None] | None = None
         """Called once when neither side may send any more."""
         self._waiting_for_end = trio.lowlevel.ParkingLot()
@@ -81,6 +82,11 @@ class MuxedStream(IMuxedStream):  # type: ignore[misc] # untyped base
             core.want_room(max(0, HIGH_WATER - size))
             await self._writers.park()
         self.write_nowait(data, more)
+        self._written += size
+        if self._written >= _EAGER:
+            # Others have their turn, though the socket and the window take all that one task has.
+            self._written = 0
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     def write_nowait(self, data: bytes | bytearray, more: bytes = b"") -> None:
         """Queue all of both, whatever is queued already; raises as `write` does."""

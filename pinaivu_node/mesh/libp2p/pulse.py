@@ -57,9 +57,15 @@ class Pulse:
 
     async def run(self) -> None:
         """Look at everybody, again and again, until cancelled."""
+        pause = self._interval / _LOOKS_PER_INTERVAL
         while True:
-            await trio.sleep(self._interval / _LOOKS_PER_INTERVAL)
+            due = trio.current_time() + pause
+            await trio.sleep_until(due)
+            late = trio.current_time() - due
+            await trio.lowlevel.checkpoint()  # what waits in the sockets is read first
             now = trio.current_time()
+            if late > pause:
+                self._excuse(late, now=now)
             for patient, patience in list(self._patience.items()):
                 silent = now - patient.heard_at
                 if silent >= self._dead_after:
@@ -67,3 +73,12 @@ class Pulse:
                     patient.give_up(f"nothing was heard of it for {silent:.1f} s")
                 elif silent >= patience or now - patient.measured_at >= _MEASURE_EVERY:
                     patient.ping()
+
+    def _excuse(self, late: float, *, now: float) -> None:
+        """Hold nobody's silence against it while it was us who were away.
+
+        A step that holds up the event loop, or a process that was stopped and goes on, would else
+        lose every peer at once.
+        """
+        for patient in self._patience:
+            patient.heard_at = min(now, patient.heard_at + late)

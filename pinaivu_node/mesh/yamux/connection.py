@@ -252,8 +252,9 @@ class Connection:
             case frames.PING if number == frames.SESSION:
                 self._on_ping(flags, length)
             case frames.GO_AWAY if number == frames.SESSION:
-                self._they_leave = True
-                self.tell(GoneAway(length))
+                if not self._they_leave:
+                    self._they_leave = True
+                    self.tell(GoneAway(length))
             case _:
                 raise RemoteProtocolError(f"a Yamux frame of type {kind} for stream {number}")
         return at

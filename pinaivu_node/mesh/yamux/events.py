@@ -56,7 +56,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class GoneAway:
-    """The peer takes no more streams; open ones go on."""
+    """The peer takes no more streams; open ones go on.  Told once, however often it is said."""
 
     reason: int
 

@@ -366,6 +366,8 @@ class TestGoingAway:
         connection.receive_untrusted(pack(GO_AWAY, 0, 0, 0), now=0.0)
         assert connection.take_events() == [told.GoneAway(0)]
         assert not connection.can_open
+        connection.receive_untrusted(pack(GO_AWAY, 0, 0, 1), now=0.0)
+        assert connection.take_events() == []
 
 
 class TestHostilePeers:
