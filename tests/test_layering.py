@@ -46,7 +46,7 @@ IMPURE = {
 PURE = {
     "pinaivu_node.protocol": ["*"],
     "pinaivu_node.mesh": [
-        "mesh", "peers", "framing", "backoff", "address", "counters", "noise",
+        "mesh", "peers", "framing", "backoff", "address", "counters", "noise", "pipes",
         "yamux.frames", "yamux.states", "yamux.windows", "yamux.events", "yamux.stream",
         "yamux.connection",
     ],

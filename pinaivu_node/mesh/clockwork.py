@@ -10,6 +10,9 @@ import trio
 
 from pinaivu_node.protocol.ids import PeerId
 
+Latency = Callable[[PeerId, PeerId], float]
+"""Seconds from the one to the other."""
+
 
 def reachable_from(start: PeerId, edges: Iterable[tuple[PeerId, PeerId]]) -> tuple[PeerId, ...]:
     """Everybody that a chain of edges leads to, `start` included, always in the same order."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, PositiveFloat, PositiveInt
 
+from pinaivu_node.mesh.pipes import RelayLimits
+
 
 class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     """How one peer takes part.  The defaults suit a provider; a coordinator or gateway is a hub."""
@@ -18,6 +20,12 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     """PEM; None: in the same file."""
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on, for a peer behind NAT."""
+    relays: tuple[str, ...] = ()
+    """Who passes others on to us, announced behind our own addresses: a multiaddr that ends in
+    /p2p/<relay>, which we stay connected to, or /p2p/<relay> alone for one that somebody else
+    keeps and that those who dial us are connected to as well."""
+    relay: RelayLimits | None = None
+    """Pass on bytes between peers that cannot dial each other, within these; None: do not."""
     hub: bool = False
     """Whether everybody dials us.  A hub passes gossip on to all its neighbours: gossipsub prunes a
     star down to a handful and then loses most messages."""
@@ -41,6 +49,9 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     """TCP, Noise and Yamux take six round trips: 2 s between continents on a bad day."""
     open_timeout: PositiveFloat = 5.0
     """Opening a stream takes two round trips; a peer that cannot in this time is hung."""
+    detour_quiet: PositiveFloat = 60.0
+    """A connection through a relay is given up for a direct one when no frame has passed for this
+    long: a model that is being loaded is silent for less."""
     ping_interval: PositiveFloat = 1.0
     dead_after: PositiveFloat = 3.5
     """A peer not heard for this long, though pinged, is gone: with the interval and the tick that

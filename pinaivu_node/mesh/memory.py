@@ -3,9 +3,6 @@
 A `MemoryNetwork` holds the wires; each `join` is one peer.  What a real network does to peers it
 does too, seeded and repeatable: latency, lost gossip, partitions, crashes (SIGKILL), hangs
 (SIGSTOP).  It costs no task per peer and none per message: one clockwork delivers everything.
-
-    async with MemoryNetwork(seed=7, latency=0.02) as network:
-        async with network.join(b"a" * 32) as mesh: ...
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import trio
 
 from pinaivu_node.mesh.address import split_address
 from pinaivu_node.mesh.backoff import Backoff
-from pinaivu_node.mesh.clockwork import Clockwork, reachable_from
+from pinaivu_node.mesh.clockwork import Clockwork, Latency, reachable_from
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.counters import Counters
 from pinaivu_node.mesh.framing import check_frame_size
@@ -29,6 +26,7 @@ from pinaivu_node.mesh.memory_stream import MemoryStream, Wire
 from pinaivu_node.mesh.mesh import (
     Delivery,
     FrameStream,
+    Link,
     Mesh,
     MeshError,
     MeshStatistics,
@@ -45,8 +43,6 @@ from pinaivu_node.protocol.signing import Signer
 
 DEAD_AFTER: Final = 4.0
 """Seconds until a peer that went silent is given up, as pings do on the real mesh."""
-
-Latency = Callable[[PeerId, PeerId], float]
 
 
 class MemoryNetwork:
@@ -392,6 +388,10 @@ class MemoryMesh:
         self._closed = True
         self._redialer.forget_all()
         self._network.disconnect_all(self._peer_id)
+
+    def links(self) -> tuple[Link, ...]:
+        """See `Mesh.links`."""
+        return self.presence.links()
 
     async def close(self) -> None:
         """See `Mesh.close`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final, Protocol
 
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
@@ -97,6 +98,30 @@ class PeerLost:
 
 
 PeerEvent = PeerConnected | PeerLost
+
+
+class Path(StrEnum):
+    """What carries a connection."""
+
+    DIRECT = "direct"
+    WEBSOCKET = "websocket"
+    RELAYED = "relayed"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One connection, as it is now."""
+
+    peer: PeerId
+    path: Path
+    remote: str
+    """Host and port of what we are connected to, which may be a proxy; or the relay."""
+    dialled: bool
+    """Whether it was we who dialled."""
+    round_trip_ms: float | None
+    """Smoothed; None until measured."""
+
+
 StreamHandler = Callable[[FrameStream], Awaitable[None]]
 """Serves one inbound stream; when it returns or raises the stream is reset, never the process."""
 
@@ -114,6 +139,11 @@ class MeshStatistics:
     gossip_dropped: int
     peers_dropped: int
     redials: int
+    pipes: int = 0
+    """That pass through us now, as a relay."""
+    pipes_made: int = 0
+    pipes_refused: int = 0
+    pipe_bytes: int = 0
 
 
 class Mesh(Protocol):
@@ -172,6 +202,10 @@ class Mesh(Protocol):
 
     def peers(self) -> frozenset[PeerId]:
         """Who is connected now."""
+        ...
+
+    def links(self) -> tuple[Link, ...]:
+        """Every connection that there is now."""
         ...
 
     def watch_peers(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from pinaivu_node.mesh.mesh import PeerConnected, PeerEvent, PeerLost
+from pinaivu_node.mesh.mesh import Link, Path, PeerConnected, PeerEvent, PeerLost
 from pinaivu_node.protocol.ids import PeerId
 
 
@@ -55,6 +55,13 @@ class Presence:
     def peers(self) -> frozenset[PeerId]:
         """Everybody with a connection."""
         return frozenset(self._connections)
+
+    def links(self) -> tuple[Link, ...]:
+        """As links of a network on which all of them are alike."""
+        return tuple(
+            Link(peer=peer, path=Path.DIRECT, remote="", dialled=False, round_trip_ms=None)
+            for peer in self._connections
+        )
 
     def connect(self, peer: PeerId) -> None:
         """One more connection to this peer."""

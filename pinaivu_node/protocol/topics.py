@@ -12,6 +12,8 @@ INFERENCE: Final = "/pinaivu/infer/1"
 """Gateway with provider: prompts and tokens.  The coordinator never opens it."""
 LOG: Final = "/pinaivu/log/1"
 """Anyone with the coordinator: receipts and bid sets after the close."""
+RELAY: Final = "/pinaivu/relay/1"
+"""Anyone with a relay: to reach a peer that cannot be dialled, or to be reached."""
 
 HEADS: Final = Topic("/pinaivu/heads/1")
 """Signed tree heads, to everyone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pinaivu_node.protocol import inference, market, money, receipt, signing
+from pinaivu_node.protocol import inference, market, money, receipt, relay, signing
 from pinaivu_node.protocol.ids import digest_of, request_id_of
 from pinaivu_node.protocol.wire import Message
 
@@ -305,4 +305,8 @@ SAMPLES: tuple[Message, ...] = (
     ),
     receipt.BidSetRequest(request_id=REQUEST),
     receipt.BidSetReply(request_id=REQUEST, leaves=(b"leaf",)),
+    relay.Reach(target=PROVIDER.peer_id),
+    relay.Incoming(source=GATEWAY.peer_id),
+    relay.Reached(),
+    relay.Unreached(reason="it is not connected here"),
 )  # fmt: skip

@@ -10,6 +10,7 @@
     transport     what a host is given of all that
     gossip        pubsub that no message can bring down
     host          a py-libp2p host that is safe to expose
+    circuit       connections through a relay
     stream        frames on one libp2p stream
     mesh          the Mesh itself
 

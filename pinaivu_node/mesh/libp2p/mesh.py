@@ -6,11 +6,12 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import trio
 
-from pinaivu_node.mesh.address import split_address
+from pinaivu_node.mesh.address import is_circuit, split_address
 from pinaivu_node.mesh.backoff import Backoff
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.counters import Counters
@@ -18,11 +19,14 @@ from pinaivu_node.mesh.framing import check_frame_size
 from pinaivu_node.mesh.inbox import Inbox
 from pinaivu_node.mesh.libp2p import gossip
 from pinaivu_node.mesh.libp2p import host as libp2p_host
+from pinaivu_node.mesh.libp2p.circuit import Circuits
+from pinaivu_node.mesh.libp2p.connections import Connections, close_politely
 from pinaivu_node.mesh.libp2p.listening import Notifee, check_listenable
 from pinaivu_node.mesh.libp2p.stream import Libp2pFrameStream
 from pinaivu_node.mesh.mesh import (
     Delivery,
     FrameStream,
+    Link,
     Mesh,
     MeshError,
     MeshStatistics,
@@ -36,13 +40,12 @@ from pinaivu_node.mesh.promise import Promise
 from pinaivu_node.mesh.redial import Redialer
 from pinaivu_node.mesh.serving import serve_stream
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
+from pinaivu_node.protocol.topics import RELAY
 
 logger = logging.getLogger(__name__)
 
 _LOOKS_PER_STALL: Final = 8
 """So often is a stream looked at within the stall limit: a stall is noticed an eighth late."""
-_GOODBYE: Final = 1.0
-"""Seconds for a connection to close politely before its socket is closed under it."""
 
 
 @asynccontextmanager
@@ -84,16 +87,18 @@ class Libp2pMesh:
         self._pubsub.restart = self._kill_connections
         self._presence = Presence()
         self._counters = Counters()
-        self._connections: set[Any] = set()
+        self._connections = Connections()
         self._streams: set[Libp2pFrameStream] = set()
         self._inboxes: dict[Topic, set[Inbox]] = {}
         self._subscribing = trio.Lock()
-        self._dials: dict[PeerId, Promise[PeerId]] = {}
+        self._dials: dict[tuple[PeerId, str], Promise[PeerId]] = {}
         self._closed = False
         self._nursery: trio.Nursery
         self._redialer: Redialer
         self._swarm.register_notifee(Notifee(self._on_connected, self._on_disconnected))
         libp2p_host.guard_streams(self._host, self._serve_inbound)
+        self._circuits = Circuits(self, self._host, config)
+        self.handle(RELAY, self._circuits.serve)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -110,7 +115,10 @@ class Libp2pMesh:
                     self.dial,
                     random=random.random,
                     backoff=Backoff(),
+                    is_detour=self._connections.is_detour,
                 )
+                for address in self._circuits.kept:
+                    self.keep(address)
                 self._start(self._drop_stalled_peers)
                 try:
                     yield
@@ -129,13 +137,15 @@ class Libp2pMesh:
     @property
     def addresses(self) -> tuple[str, ...]:
         """See `Mesh.addresses`."""
-        return tuple(str(address) for address in self._host.get_addrs())
+        ours = tuple(str(address) for address in self._host.get_addrs())
+        return (*ours, *self._circuits.addresses)
 
     def statistics(self) -> MeshStatistics:
         """See `Mesh.statistics`."""
-        return self._counters.statistics(
+        counted = self._counters.statistics(
             connected_peers=len(self._presence), redials=self._redialer.redials
         )
+        return self._circuits.counted_in(counted)
 
     # --- gossip -----------------------------------------------------------------------------------
 
@@ -267,12 +277,14 @@ class Libp2pMesh:
         location, peer = split_address(address)
         if not self._admits(peer):
             raise PeerUnreachable(f"{peer} is banned, or we are closing")
-        if peer in self._presence:
+        if peer in self._presence and (
+            is_circuit(location) or not self._connections.is_detour(peer)
+        ):
             await trio.lowlevel.checkpoint()
             return peer
-        promise = self._dials.get(peer)
+        promise = self._dials.get((peer, location))
         if promise is None:
-            promise = self._dials[peer] = Promise[PeerId]()
+            promise = self._dials[peer, location] = Promise[PeerId]()
             self._start(self._dial, location, peer, promise)
         return await promise.result()
 
@@ -280,7 +292,10 @@ class Libp2pMesh:
         try:
             libp2p_host.forget_failure(self._host, peer)
             with trio.fail_after(self._config.dial_timeout):
-                await libp2p_host.dial(self._host, location, peer)
+                if is_circuit(location):
+                    await self._circuits.dial(location, peer)
+                else:
+                    await libp2p_host.dial(self._host, location, peer)
         except trio.TooSlowError:
             promise.fail(PeerUnreachable(f"{location} did not answer in time"))
         except Exception as exc:  # noqa: BLE001 - libp2p raises anything here
@@ -288,7 +303,7 @@ class Libp2pMesh:
         else:
             promise.fulfil(peer)
         finally:
-            del self._dials[peer]
+            del self._dials[peer, location]
 
     def keep(self, address: str) -> None:
         """See `Mesh.keep`."""
@@ -302,14 +317,18 @@ class Libp2pMesh:
         """See `Mesh.peers`."""
         return self._presence.peers()
 
+    def links(self) -> tuple[Link, ...]:
+        """See `Mesh.links`."""
+        return self._connections.links()
+
     def watch_peers(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:
         """See `Mesh.watch_peers`."""
         return self._presence.watch()
 
     async def disconnect(self, peer: PeerId) -> None:
         """See `Mesh.disconnect`."""
-        for connection in self._connections_of(peer):
-            self._start(self._close_politely, connection)
+        for connection in self._connections.of(peer):
+            self._start(close_politely, connection)
         await self._presence.wait_lost(peer)
 
     def ban(self, peer: PeerId, *, duration: Milliseconds) -> None:
@@ -328,22 +347,22 @@ class Libp2pMesh:
         self._kill_connections(peer)
 
     def _kill_connections(self, peer: PeerId) -> None:
-        for connection in self._connections_of(peer):
+        for connection in self._connections.of(peer):
             self._start(libp2p_host.kill_connection, connection)
-
-    def _connections_of(self, peer: PeerId) -> list[Any]:
-        return [known for known in self._connections if libp2p_host.peer_of(known) == peer]
-
-    async def _close_politely(self, connection: Any) -> None:
-        # Killed by another task: a close that hangs holds locks, and heeds no cancellation.
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_kill_later, connection)
-            await libp2p_host.close_connection(connection)
-            nursery.cancel_scope.cancel()
 
     def _on_connected(self, connection: Any) -> None:
         self._connections.add(connection)
-        self._presence.connect(libp2p_host.peer_of(connection))
+        peer = libp2p_host.peer_of(connection)
+        self._presence.connect(peer)
+        for detour in self._connections.detours(peer):
+            self._start(
+                partial(
+                    self._connections.close_when_quiet,
+                    detour,
+                    lambda: self._streams,
+                    quiet=self._config.detour_quiet,
+                )
+            )
 
     def _on_disconnected(self, connection: Any) -> None:
         if connection in self._connections:  # a connection that was refused was never announced
@@ -365,17 +384,12 @@ class Libp2pMesh:
         for stream in list(self._streams):
             stream.reset()
         async with trio.open_nursery() as nursery:
-            for connection in list(self._connections):
-                nursery.start_soon(self._close_politely, connection)
+            for connection in self._connections:
+                nursery.start_soon(close_politely, connection)
         await self._host.close()
 
     def _start(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         self._nursery.start_soon(function, *arguments)
-
-
-async def _kill_later(connection: Any) -> None:
-    await trio.sleep(_GOODBYE)
-    await libp2p_host.kill_connection(connection)
 
 
 def _innermost(exc: BaseException) -> BaseException:

@@ -79,6 +79,7 @@ class NoiseSession(BaseSession):  # type: ignore[misc] # untyped base
         self.sealer = Sealer(state.cipher_state_encrypt.k, count=state.cipher_state_encrypt.n)
         self.opener = Opener(state.cipher_state_decrypt.k, count=state.cipher_state_decrypt.n)
         self.channel: Channel = channel_of(corked.raw)
+        self.carrier = corked.raw.stream
         self.plaintext = b"".join(self.opener.open_untrusted(corked.take_arrived()))
 
     async def read(self, n: int | None = None) -> bytes:

@@ -29,7 +29,7 @@ _LONG_FRAME: Final = 4096
 
 
 class Libp2pFrameStream:
-    """A `FrameStream`.  `closed` is set when neither side may send any more."""
+    """A `FrameStream`.  `closed` is set when neither side may send any more; `frames` counts."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Libp2pFrameStream:
         self._ending = False
         self._broken: MeshError | None = None
         self._sent_before = 0
+        self.frames = 0
         self._moved_at = trio.current_time()
         self.closed = trio.Event()
         counters.open_streams += 1
@@ -90,6 +91,7 @@ class Libp2pFrameStream:
                 await self._muxed.write(frame_head(frame), frame)
         except MuxedStreamError as exc:
             raise self._lost(exc) from exc
+        self.frames += 1
         self._counters.frames_sent += 1
 
     async def receive(self) -> bytes:
@@ -108,6 +110,7 @@ class Libp2pFrameStream:
             except MuxedStreamError as exc:
                 raise self._lost(exc) from exc
             self._take_in(data)
+        self.frames += 1
         self._counters.frames_received += 1
         return self._frames.popleft()
 
