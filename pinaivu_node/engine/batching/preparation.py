@@ -69,12 +69,12 @@ class Preparation:
         """Make what the first constraint would wait for."""
         self._compiler.warm_up()
 
-    def warm_up_answer(self) -> Prepared:
+    def warm_up_answer(self, *, tokens: int = 8) -> Prepared:
         """A short request, to find out how fast this model is."""
         request = GenerationRequest(
             id="warm-up",
             prompt=tuple([min(100, self._model.vocabulary - 1)] * 16),
-            sampling=SamplingParams(max_tokens=8, temperature=0.7, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=tokens, temperature=0.7, ignore_eos=True),
         )
         prepared = self.prepare(request)
         if isinstance(prepared, Refused):
