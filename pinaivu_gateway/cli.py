@@ -88,6 +88,18 @@ def serve(
         Path | None,
         typer.Option(help="PEM file, if the key is not beside it.", show_default=False),
     ] = None,
+    relay: Annotated[
+        bool | None,
+        typer.Option(
+            "--relay/--no-relay",
+            help="Pass on bytes between peers that cannot dial each other.",
+            show_default=False,
+        ),
+    ] = None,
+    relay_through: Annotated[
+        list[str] | None,
+        typer.Option(help="Multiaddr of a relay besides the coordinator.", show_default=False),
+    ] = None,
     home: Home = None,
     database: Database = None,
     as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
@@ -100,6 +112,8 @@ def serve(
         "mesh_announce": mesh_announce,
         "mesh_tls_cert": mesh_tls_cert,
         "mesh_tls_key": mesh_tls_key,
+        "relay": relay,
+        "relay_through": relay_through,
         "home": home,
         "database": database,
     }
@@ -112,9 +126,10 @@ def serve(
 async def _serve(settings: GatewaySettings, as_json: bool) -> None:  # noqa: FBT001 - trio.run
     from functools import partial
 
-    from pinaivu_gateway.service import check_coordinators, serve_gateway
+    from pinaivu_gateway.service import check_coordinators, relays_of, serve_gateway
     from pinaivu_node.mesh.config import MeshConfig
     from pinaivu_node.mesh.libp2p import open_libp2p_mesh
+    from pinaivu_node.mesh.pipes import RelayLimits
     from pinaivu_node.protocol.signing import Signer
 
     check_coordinators(settings)  # before anything is opened
@@ -124,6 +139,8 @@ async def _serve(settings: GatewaySettings, as_json: bool) -> None:  # noqa: FBT
         announce=settings.mesh_announce,
         tls_certificate=settings.mesh_tls_cert,
         tls_key=settings.mesh_tls_key,
+        relays=relays_of(settings),
+        relay=RelayLimits() if settings.relay else None,
         hub=True,
     )
     stop = trio.Event()

@@ -83,6 +83,10 @@ class GatewaySettings(BaseSettings):
     """PEM, to listen for peers on /wss."""
     mesh_tls_key: Path | None = None
     """PEM; None: in the same file."""
+    relay: bool = False
+    """Whether to pass on bytes between peers that cannot dial each other."""
+    relay_through: Words = ()
+    """Multiaddrs of relays to be reached through, besides the coordinators."""
     database: str | None = None
     """An SQLAlchemy URL; None: SQLite in the home folder."""
     http: HttpConfig = HttpConfig()

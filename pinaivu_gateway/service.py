@@ -74,3 +74,9 @@ def check_coordinators(settings: GatewaySettings) -> None:
         f"{fault} Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set `coordinator` in "
         f"{settings.home / 'config.toml'}"
     )
+
+
+def relays_of(settings: GatewaySettings) -> tuple[str, ...]:
+    """Coordinators pass others on to us where they may; those others know the same ones."""
+    coordinators = by_peer(settings.coordinator)
+    return (*settings.relay_through, *(f"/p2p/{peer}" for peer in coordinators))

@@ -57,6 +57,8 @@ class _Settings(BaseSettings):
     """PEM, to listen on /wss."""
     tls_key: Path | None = None
     """PEM; None: in the same file."""
+    relay: bool = False
+    """Whether to pass on bytes between peers that cannot dial each other."""
 
     @classmethod
     def settings_customise_sources(
@@ -84,6 +86,8 @@ class ProviderSettings(_Settings):
     """Multiaddrs: several of one coordinator, or of several, of which the first to answer is
     dealt with."""
     listen: Words = ("/ip4/0.0.0.0/tcp/0",)
+    relay_through: AnyWords = ()
+    """Multiaddrs of relays to be reached through, besides the coordinators."""
     price_input: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_INPUT
     price_cached_input: Annotated[int, Field(ge=0, le=2**53 - 1)] | None = None
     """None: a quarter of `price_input`."""
@@ -123,6 +127,7 @@ class CoordinatorSettings(_Settings):
 
     home: Path = DATA_FOLDER / "coordinator"
     listen: Words = ("/ip4/0.0.0.0/tcp/4001",)
+    relay: bool = True
     database: str | None = None
     """An SQLAlchemy URL; None: SQLite in the home folder."""
     welcome_credit: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0

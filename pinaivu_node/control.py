@@ -48,6 +48,10 @@ class ControlError(Exception):
     """The command could not be carried out; the message says what to do."""
 
 
+class NotRunning(ControlError):
+    """There is nobody to ask."""
+
+
 def socket_path(home: Path) -> Path:
     """Where the daemon of this home listens.
 
@@ -112,7 +116,7 @@ async def _connect(path: Path) -> trio.SocketStream:
     try:
         stream = await trio.open_unix_socket(os.fspath(path))
     except (FileNotFoundError, ConnectionRefusedError):
-        raise ControlError(
+        raise NotRunning(
             "no daemon is running for this home: start one with `pinaivu-node start`, "
             "or name its home with --home"
         ) from None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import trio
 from rich.console import Console
@@ -21,6 +20,7 @@ from pinaivu_node.config import CoordinatorSettings, ProviderSettings
 from pinaivu_node.coordinator.config import CoordinatorConfig
 from pinaivu_node.coordinator.service import Coordinator, serve_coordinator
 from pinaivu_node.coordinator.store import open_store, sqlite_url
+from pinaivu_node.desk import coordinator_handlers, provider_handlers
 from pinaivu_node.engine.client import ProcessEngine, open_engine
 from pinaivu_node.engine.config import EngineConfig, OpenAIEngineConfig
 from pinaivu_node.engine.fleet.berth import FleetModel
@@ -35,7 +35,8 @@ from pinaivu_node.interpreter import tune_for_latency
 from pinaivu_node.mesh.bootstrap import by_peer, join_coordinator
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
-from pinaivu_node.mesh.mesh import Mesh, PeerUnreachable
+from pinaivu_node.mesh.mesh import PeerUnreachable
+from pinaivu_node.mesh.pipes import RelayLimits
 from pinaivu_node.models.catalogue import CATALOGUE, ModelKind
 from pinaivu_node.models.pull import pull_missing
 from pinaivu_node.models.store import InstalledModel, ModelStore
@@ -43,11 +44,9 @@ from pinaivu_node.models.variants import resolve_variant
 from pinaivu_node.protocol.ids import (
     ModelName,
     NanoX,
-    PeerId,
     UnixMilliseconds,
     digest_of,
     is_model_name,
-    public_key_of,
 )
 from pinaivu_node.protocol.market import JobKind
 from pinaivu_node.protocol.money import PriceList
@@ -106,7 +105,7 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
                 clock=unix_clock,
             )
         )
-        handlers = _provider_handlers(provider, mesh)
+        handlers = provider_handlers(provider, mesh, coordinator)
         await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
         logger.info("provider %s sells %s", mesh.peer_id, ", ".join(engines))
         tune_for_latency()
@@ -128,6 +127,13 @@ def _check_coordinators(settings: ProviderSettings) -> None:
         f"{fault} Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set `coordinator` in "
         f"{settings.home / 'config.toml'}"
     )
+
+
+def _relays_of(settings: ProviderSettings) -> Iterator[str]:
+    """Coordinators pass others on to us where they may; those others know the same ones."""
+    yield from settings.relay_through
+    for peer in by_peer(settings.coordinator):
+        yield f"/p2p/{peer}"
 
 
 async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> list[ServedModel]:
@@ -296,26 +302,6 @@ def _prices(settings: ProviderSettings) -> PriceList:
     )
 
 
-def _provider_handlers(provider: Provider, mesh: Mesh) -> Mapping[str, control.Handler]:
-    def status() -> dict[str, Any]:
-        return {
-            "role": "provider",
-            "addresses": list(mesh.addresses),
-            **asdict(provider.statistics()),
-            "mesh": asdict(mesh.statistics()),
-        }
-
-    def drain() -> dict[str, Any]:
-        provider.drain()
-        return {"draining": True}
-
-    def resume() -> dict[str, Any]:
-        provider.resume()
-        return {"draining": False}
-
-    return {"status": status, "drain": drain, "resume": resume}
-
-
 # --- coordinator ----------------------------------------------------------------------------------
 
 
@@ -332,7 +318,7 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
         coordinator: Coordinator = await nursery.start(
             partial(serve_coordinator, mesh, store, Signer(seed), config, clock=unix_clock)
         )
-        handlers = _coordinator_handlers(coordinator, mesh)
+        handlers = coordinator_handlers(coordinator, mesh)
         await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
         tune_for_latency()
         for address in mesh.addresses:
@@ -340,43 +326,22 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
         await trio.sleep_forever()
 
 
-def _coordinator_handlers(coordinator: Coordinator, mesh: Mesh) -> Mapping[str, control.Handler]:
-    def status() -> dict[str, Any]:
-        return {
-            "role": "coordinator",
-            "peer_id": mesh.peer_id,
-            "addresses": list(mesh.addresses),
-            **asdict(coordinator.statistics()),
-            "mesh": asdict(mesh.statistics()),
-        }
-
-    async def accounts() -> dict[str, Any]:
-        return {str(name): balance for name, balance in (await coordinator.accounts()).items()}
-
-    async def deposit(peer: str, amount: int, key: str | None = None) -> dict[str, Any]:
-        """`key` makes a repeated request harmless."""
-        try:
-            public_key_of(PeerId(peer))
-        except ValueError as exc:
-            raise control.ControlError(f"{peer!r} is no PeerID") from exc
-        key = key or secrets.token_hex(16)
-        posted = await coordinator.deposit(PeerId(peer), NanoX(amount), key)
-        return {"peer": peer, "amount": amount, "key": key, "posted": posted}
-
-    return {"status": status, "accounts": accounts, "deposit": deposit}
-
-
 # --- both -----------------------------------------------------------------------------------------
 
 
 def _mesh_config(
-    settings: ProviderSettings | CoordinatorSettings, *, hub: bool = False
+    settings: ProviderSettings | CoordinatorSettings,
+    *,
+    relays: Iterable[str] = (),
+    hub: bool = False,
 ) -> MeshConfig:
     return MeshConfig(
         listen=settings.listen,
         announce=settings.announce,
         tls_certificate=settings.tls_cert,
         tls_key=settings.tls_key,
+        relays=tuple(relays),
+        relay=RelayLimits() if settings.relay else None,
         hub=hub,
     )
 

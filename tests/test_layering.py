@@ -28,13 +28,15 @@ ALLOWED: dict[str, set[str]] = {
     "pinaivu_node.evidence": {"protocol", "verification"},
     "pinaivu_node.screen": {"provider", "protocol", "engine"},
     "pinaivu_node.devnet": {"protocol", "identity"},
+    "pinaivu_node.doctor": {"protocol", "mesh"},
+    "pinaivu_node.desk": {"protocol", "mesh", "coordinator", "provider", "control", "doctor"},
     "pinaivu_node.daemon": {
         "protocol", "mesh", "coordinator", "provider", "engine", "models",
-        "identity", "config", "control", "screen", "logs", "interpreter",
+        "identity", "config", "control", "desk", "screen", "logs", "interpreter",
     },
     "pinaivu_node.cli": {
         "protocol", "daemon", "devnet", "verification", "evidence", "coordinator",
-        "models", "identity", "config", "control", "logs", "interpreter",
+        "models", "identity", "config", "control", "doctor", "logs", "interpreter",
     },
     "pinaivu_gateway": {"protocol", "mesh", "identity", "models", "logs", "interpreter"},
 }  # fmt: skip

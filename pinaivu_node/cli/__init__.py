@@ -76,6 +76,6 @@ def _is_explained(exc: BaseException) -> bool:
 
 
 # At the bottom, since each registers its commands with `app`.
-from pinaivu_node.cli import daemons, models, receipts  # noqa: E402
+from pinaivu_node.cli import daemons, desk, models, receipts  # noqa: E402
 
-__all__ = ["app", "daemons", "main", "models", "receipts"]
+__all__ = ["app", "daemons", "desk", "main", "models", "receipts"]

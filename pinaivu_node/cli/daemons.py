@@ -1,4 +1,4 @@
-"""Commands that run a daemon, or talk to one that runs."""
+"""Commands that run a daemon."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pinaivu_node.cli import (
     errors,
     print_json,
     screen,
-    show_mapping,
 )
 from pinaivu_node.config import DATA_FOLDER, CoordinatorSettings, ProviderSettings
 from pinaivu_node.identity import load_or_create_seed
@@ -54,6 +53,14 @@ Announce = Annotated[
 TlsCert = Annotated[
     Path | None, typer.Option(help="PEM file, to listen on /wss.", show_default=False)
 ]
+Relay = Annotated[
+    bool | None,
+    typer.Option(
+        "--relay/--no-relay",
+        help="Pass on bytes between peers that cannot dial each other; coordinators do.",
+        show_default=False,
+    ),
+]
 TlsKey = Annotated[
     Path | None, typer.Option(help="PEM file, if the key is not beside it.", show_default=False)
 ]
@@ -78,6 +85,11 @@ def start(
     announce: Announce = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    relay: Relay = None,
+    relay_through: Annotated[
+        list[str] | None,
+        typer.Option(help="Multiaddr of a relay besides the coordinator.", show_default=False),
+    ] = None,
     price_input: Annotated[
         int | None, typer.Option(help="NanoX per million prompt tokens.", show_default=False)
     ] = None,
@@ -179,6 +191,7 @@ def coordinate(
     announce: Announce = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    relay: Relay = None,
     database: Annotated[
         str | None,
         typer.Option(help="SQLAlchemy URL; default: SQLite in the home.", show_default=False),
@@ -293,67 +306,6 @@ def identity(
         print_json({"peer_id": peer, "key_file": str(home / "identity.key")})
     else:
         print(peer)  # noqa: T201
-
-
-def _daemon_command(command: str, explanation: str) -> None:
-    """Register a command that is answered by the running daemon of a home."""
-
-    def ask(
-        *,
-        home: Annotated[Path, typer.Option(help="Whose daemon.")] = DATA_FOLDER / "provider",
-        as_json: Json = False,
-    ) -> None:
-        from pinaivu_node import control
-
-        answer = control.ask(control.socket_path(home), command)
-        if as_json:
-            print_json(answer)
-        else:
-            show_mapping(answer)
-
-    ask.__doc__ = explanation
-    app.command(command)(ask)
-
-
-_daemon_command("status", "What the daemon of this home is doing.")
-_daemon_command("drain", "Take no new jobs; finish the running ones.")
-_daemon_command("resume", "Take jobs again.")
-
-
-@app.command()
-def accounts(
-    *,
-    home: Annotated[Path, typer.Option(help="The coordinator's home.")] = DATA_FOLDER
-    / "coordinator",
-    as_json: Json = False,
-) -> None:
-    """Every account of the coordinator's ledger, in NanoX; they sum to zero."""
-    from pinaivu_node import control
-
-    answer = control.ask(control.socket_path(home), "accounts")
-    if as_json:
-        print_json(answer)
-    else:
-        show_mapping(answer)
-
-
-@app.command(epilog="Example: `pinaivu-node deposit 12D3KooW… 5000000000 --home …`")
-def deposit(
-    peer: Annotated[str, typer.Argument(help="The gateway's PeerID.")],
-    amount: Annotated[int, typer.Argument(min=1, help="NanoX.")],
-    *,
-    home: Annotated[Path, typer.Option(help="The coordinator's home.")] = DATA_FOLDER
-    / "coordinator",
-    as_json: Json = False,
-) -> None:
-    """Credit a gateway's account at the coordinator of this home."""
-    from pinaivu_node import control
-
-    answer = control.ask(control.socket_path(home), "deposit", peer=peer, amount=amount)
-    if as_json:
-        print_json(answer)
-    else:
-        show_mapping(answer)
 
 
 def _flags(given: dict[str, Any]) -> dict[str, Any]:
