@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing: `scripts/fuzz` says how to run it."""
