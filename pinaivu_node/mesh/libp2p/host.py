@@ -29,6 +29,7 @@ from libp2p.utils.connection_shutdown import is_expected_connection_shutdown
 from multiaddr import Multiaddr
 
 from pinaivu_node.mesh.config import MeshConfig
+from pinaivu_node.mesh.libp2p.listening import spelled_out
 from pinaivu_node.mesh.libp2p.muxer import Fault, MuxedConnection
 from pinaivu_node.mesh.libp2p.secure import PeerGate, Refused
 from pinaivu_node.mesh.libp2p.transport import transport_options
@@ -172,7 +173,9 @@ async def run_host(
         background_trio_service(router),
     ):
         # Asked for with every gossip message sent, and a quarter of its cost; it changes no more.
-        addresses = host.get_addrs()
+        addresses = [
+            Multiaddr(each) for known in host.get_addrs() for each in spelled_out(f"{known}")
+        ]
         host.get_addrs = lambda: list(addresses)
         await pubsub.wait_until_ready()
         async with trio.open_nursery() as nursery:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any, Final
+
+import ifaddr
 
 from pinaivu_node.mesh.mesh import MeshError
 
 _WEBSOCKETS: Final = {(): False, ("ws",): False, ("wss",): True, ("tls", "ws"): True}
 """What may come behind the port, and whether it needs a certificate."""
+_WILDCARDS: Final = ("0.0.0.0", "::")  # noqa: S104 - to tell them from addresses
+_MAX_INTERFACES: Final = 4
+"""Told of at most: containers bring a dozen, and every one is a dial in vain for somebody."""
 
 
 def check_listenable(address: str, *, has_certificate: bool) -> None:
@@ -43,6 +49,25 @@ def _refuse_taken_port(address: str, parts: list[str]) -> None:
             taken = isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
             reason = "the port is taken by another process" if taken else str(exc)
             raise MeshError(f"cannot listen on {address}: {reason}") from exc
+
+
+def spelled_out(address: str) -> list[str]:
+    """The addresses of this machine's interfaces, where we listen on all of them.
+
+    The wildcard would lead whoever dials it to itself.  Loopback is named only if there is nothing
+    else, and link-local addresses, which mean nothing without their interface, never.
+    """
+    _, version, host, rest = address.split("/", 3)
+    if host not in _WILDCARDS:
+        return [address]
+    found = [
+        ip
+        for adapter in ifaddr.get_adapters()
+        for ip in (each.ip if isinstance(each.ip, str) else each.ip[0] for each in adapter.ips)
+        if (":" in ip) == (version == "ip6") and not ipaddress.ip_address(ip).is_link_local
+    ]
+    outward = [ip for ip in found if not ipaddress.ip_address(ip).is_loopback]
+    return [f"/{version}/{ip}/{rest}" for ip in (outward or found)[:_MAX_INTERFACES]] or [address]
 
 
 class Notifee:
