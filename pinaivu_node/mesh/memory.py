@@ -37,7 +37,7 @@ from pinaivu_node.mesh.mesh import (
 from pinaivu_node.mesh.peers import PeerBook
 from pinaivu_node.mesh.presence import Presence
 from pinaivu_node.mesh.redial import Redialer
-from pinaivu_node.mesh.serving import serve_stream
+from pinaivu_node.mesh.serving import Serving
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
 from pinaivu_node.protocol.signing import Signer
 
@@ -243,7 +243,7 @@ class MemoryMesh:
         self._book = PeerBook(
             max_held=config.max_held_per_peer, gossip_per_second=config.max_gossip_per_second
         )
-        self._counters = Counters()
+        self._counters, self._serving = Counters(), Serving(config.max_streams_per_peer)
         self._handlers: dict[str, StreamHandler] = {}
         self._closed = False
         self._redialer = Redialer(
@@ -321,7 +321,7 @@ class MemoryMesh:
         )
         theirs.attend(opener._config.stall_limit, opener.hang_up)
         ours.attend(self._config.stall_limit, self.hang_up)
-        self.nursery.start_soon(serve_stream, handler, ours, self)
+        self.nursery.start_soon(self._serving.serve, handler, ours, self)
         return theirs
 
     async def dial(self, address: str) -> PeerId:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Final, Protocol, assert_never
 
 from pinaivu_node.mesh.mesh import FrameStream, MeshError, StreamHandler
@@ -34,6 +35,35 @@ class Sanctions(Protocol):
     def ban(self, peer: PeerId, *, duration: Milliseconds) -> None:
         """As `Mesh.ban`."""
         ...
+
+
+class Serving:
+    """Handlers at work, counted for each peer: one may outlive its stream, and its connection.
+
+    A peer that opens streams and resets them, or connects anew, would else pile up handlers
+    without end, each with its task and what it holds.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._running: Counter[PeerId] = Counter()
+
+    async def serve(
+        self, handler: StreamHandler, stream: ServedStream, sanctions: Sanctions
+    ) -> None:
+        """See `serve_stream`; resets the stream if too many handlers of its peer are at work."""
+        peer = stream.peer
+        if self._running[peer] >= self._limit:
+            logger.debug("a stream of %s was refused: %d handlers are at work", peer, self._limit)
+            stream.reset()
+            return
+        self._running[peer] += 1
+        try:
+            await serve_stream(handler, stream, sanctions)
+        finally:
+            self._running[peer] -= 1
+            if not self._running[peer]:
+                del self._running[peer]
 
 
 async def serve_stream(handler: StreamHandler, stream: ServedStream, sanctions: Sanctions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import trio
@@ -333,6 +334,42 @@ class TestStreams:
                 pass
             assert opened <= 16
             assert server.statistics().peers_dropped == 1
+
+    async def test_handlers_whose_streams_are_gone_still_count(self, network, clock):
+        running = most = 0
+        go_on = trio.Event()
+
+        async def linger(stream: FrameStream) -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await go_on.wait()
+            running -= 1
+
+        config = MeshConfig(max_streams_per_peer=8)
+        async with network.join("server", config) as server, network.join("client") as client:
+            server.handle(ECHO, linger)
+            server.handle("/pinaivu/other/1", echo)
+            for _ in range(2):  # a new connection is no clean slate
+                await client.dial(server.addresses[0])
+                for _ in range(10):
+                    with suppress(StreamLost, PeerUnreachable):  # from the ninth on it is refused
+                        stream = await client.open(server.peer_id, ECHO)
+                        await stream.send(b"a request")
+                        stream.reset()
+                    with trio.fail_after(2):
+                        while server.statistics().open_streams:  # noqa: ASYNC110 - the mesh's
+                            await trio.sleep(0.01)
+                await client.disconnect(server.peer_id)
+            assert most == 8
+            go_on.set()
+            await client.dial(server.addresses[0])
+            with trio.fail_after(2):
+                while running:  # noqa: ASYNC110 - the handlers' to tell
+                    await trio.sleep(0.01)
+            stream = await client.open(server.peer_id, "/pinaivu/other/1")
+            await stream.send(b"served again")
+            assert await stream.receive() == b"served again"
 
     async def test_a_slow_reader_makes_its_writer_wait_and_nobody_else(self, network, clock):
         go_on = trio.Event()

@@ -38,7 +38,7 @@ from pinaivu_node.mesh.peers import PeerBook
 from pinaivu_node.mesh.presence import Presence
 from pinaivu_node.mesh.promise import Promise
 from pinaivu_node.mesh.redial import Redialer
-from pinaivu_node.mesh.serving import serve_stream
+from pinaivu_node.mesh.serving import Serving
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
 from pinaivu_node.protocol.topics import RELAY
 
@@ -92,6 +92,7 @@ class Libp2pMesh:
         self._inboxes: dict[Topic, set[Inbox]] = {}
         self._subscribing = trio.Lock()
         self._dials: dict[tuple[PeerId, str], Promise[PeerId]] = {}
+        self._serving = Serving(config.max_streams_per_peer)
         self._closed = False
         self._nursery: trio.Nursery
         self._redialer: Redialer
@@ -196,7 +197,7 @@ class Libp2pMesh:
 
         async def accept(libp2p_stream: Any) -> None:
             stream = self._adopt(libp2p_stream)
-            self._nursery.start_soon(serve_stream, handler, stream, self)
+            self._nursery.start_soon(self._serving.serve, handler, stream, self)
             await stream.closed.wait()
 
         self._host.set_stream_handler(protocol, accept)
