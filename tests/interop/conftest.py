@@ -110,12 +110,23 @@ def js_folder() -> Path:
     return folder
 
 
-@pytest.fixture(params=["js-libp2p", "py-libp2p"])
-def start_other(
-    request: pytest.FixtureRequest,
-) -> Callable[[], AbstractAsyncContextManager[OtherPeer]]:
-    if request.param == "js-libp2p":
-        folder: Path = request.getfixturevalue("js_folder")
-        polyfill = folder / "polyfill.mjs"
-        return lambda: running("node", "--import", polyfill, folder / "peer.mjs")
+Starter = Callable[[], AbstractAsyncContextManager[OtherPeer]]
+
+
+@pytest.fixture
+def start_js(js_folder: Path) -> Starter:
+    polyfill = js_folder / "polyfill.mjs"
+    return lambda: running("node", "--import", polyfill, js_folder / "peer.mjs")
+
+
+@pytest.fixture
+def start_py() -> Starter:
     return lambda: running(sys.executable, HERE / "stock_peer.py")
+
+
+@pytest.fixture(params=["js-libp2p", "py-libp2p"])
+def start_other(request: pytest.FixtureRequest) -> Starter:
+    starter: Starter = request.getfixturevalue(
+        "start_js" if request.param == "js-libp2p" else "start_py"
+    )
+    return starter

@@ -43,18 +43,24 @@ async def our_mesh() -> AsyncIterator[Mesh]:
         yield mesh
 
 
-@pytest.fixture(params=["we dial", "they dial"])
-async def pair(request, start_other):
+@asynccontextmanager
+async def connected(start_other, *, we_dial: bool):
     async with our_mesh() as mesh, start_other() as other:
         peer = PeerId(other.address.rpartition("/p2p/")[2])
         with trio.fail_after(20):
-            if request.param == "we dial":
+            if we_dial:
                 assert await mesh.dial(other.address) == peer
             else:
                 assert (await other.do("dial", address=mesh.addresses[0]))["dialled"]
             async with mesh.watch_peers() as events:
                 await anext(events)
         yield mesh, other, peer
+
+
+@pytest.fixture(params=["we dial", "they dial"])
+async def pair(request, start_other):
+    async with connected(start_other, we_dial=request.param == "we dial") as pair:
+        yield pair
 
 
 async def echoed_by(mesh: Mesh, peer: PeerId, data: bytes) -> bytes:
@@ -125,38 +131,46 @@ async def test_gossip_is_heard_both_ways(pair):
 
 @pytest.mark.live
 @pytest.mark.timeout(200)
-async def test_a_minute_of_everything_at_once_loses_nothing(pair):
+async def test_a_minute_of_everything_at_once_loses_nothing(start_js, start_py):
+    """With all makers and both ways of dialling, side by side."""
+    async with trio.open_nursery() as nursery:
+        for start_other in (start_js, start_py):
+            for we_dial in (True, False):
+                nursery.start_soon(soak, start_other, we_dial)
+
+
+async def soak(start_other, we_dial) -> None:
     """Echoes of all sizes both ways, gossip and keep-alive, on the one connection."""
-    mesh, other, peer = pair
-    (connection,) = mesh._connections
-    counts = {"ours": 0, "theirs": 0, "heard": 0}
+    async with connected(start_other, we_dial=we_dial) as (mesh, other, peer):
+        counts = {"ours": 0, "theirs": 0, "heard": 0}
+        (connection,) = mesh._connections
 
-    async def our_echoes(number: int) -> None:
-        for turn in itertools.count():
-            data = os.urandom(1 + (turn * 7919 * (number + 1)) % 200_000)
-            assert await echoed_by(mesh, peer, data) == data
-            counts["ours"] += 1
+        async def our_echoes(number: int) -> None:
+            for turn in itertools.count():
+                data = os.urandom(1 + (turn * 7919 * (number + 1)) % 200_000)
+                assert await echoed_by(mesh, peer, data) == data
+                counts["ours"] += 1
 
-    async def their_echoes() -> None:
-        for turn in itertools.count():
-            answer = await other.do("echo", size=1 + (turn * 6007) % 300_000)
-            assert answer["same"]
-            counts["theirs"] += 1
+        async def their_echoes() -> None:
+            for turn in itertools.count():
+                answer = await other.do("echo", size=1 + (turn * 6007) % 300_000)
+                assert answer["same"]
+                counts["theirs"] += 1
 
-    async def gossip() -> None:
-        for turn in itertools.count():
-            await mesh.publish(TOPIC, b"ours %d" % turn)
-            await other.has_heard(lambda text, wanted=f"ours {turn}": text == wanted)
-            counts["heard"] += 1
-            await trio.sleep(0.2)
+        async def gossip() -> None:
+            for turn in itertools.count():
+                await mesh.publish(TOPIC, b"ours %d" % turn)
+                await other.has_heard(lambda text, wanted=f"ours {turn}": text == wanted)
+                counts["heard"] += 1
+                await trio.sleep(0.2)
 
-    async with mesh.subscribe(TOPIC):
-        await trio.sleep(3)  # until the meshes of both have formed
-        with trio.move_on_after(60):
-            async with trio.open_nursery() as nursery:
-                for number in range(4):
-                    nursery.start_soon(our_echoes, number)
-                nursery.start_soon(their_echoes)
-                nursery.start_soon(gossip)
-    assert mesh._connections == {connection}
-    assert min(counts.values()) > 50, counts
+        async with mesh.subscribe(TOPIC):
+            await trio.sleep(3)  # until the meshes of both have formed
+            with trio.move_on_after(60):
+                async with trio.open_nursery() as nursery:
+                    for number in range(4):
+                        nursery.start_soon(our_echoes, number)
+                    nursery.start_soon(their_echoes)
+                    nursery.start_soon(gossip)
+        assert set(mesh._connections) == {connection}
+        assert min(counts.values()) > 50, counts
