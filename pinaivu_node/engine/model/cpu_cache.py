@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from pinaivu_node.engine import kernels
-from pinaivu_node.engine.kernels.attention import PAGE, padded, scratch_floats
+from pinaivu_node.engine.kernels.attention import padded, scratch_floats
+from pinaivu_node.engine.kernels.attention_tiles import PAGE
 from pinaivu_node.engine.model.attention import Batch, Look
 
 
