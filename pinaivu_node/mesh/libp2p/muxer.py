@@ -8,6 +8,7 @@ is no checkpoint, so a cancelled read or write has happened wholly or not at all
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -51,7 +52,8 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
-        self.heard_at = self.measured_at = trio.current_time()
+        self.heard_at = trio.current_time()
+        self.measured_at = -math.inf  # so that the first look at it asks for a round trip
         self._core = Connection(is_dialler=session.is_initiator, limits=limits)
         self._channel = session.channel
         self._pulse = pulse
