@@ -90,7 +90,8 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
     async with AsyncExitStack() as stack:
         models = await _open_models(stack, settings)
         engines = {served.model: served for served in models}
-        mesh = await stack.enter_async_context(open_libp2p_mesh(_mesh_config(settings), seed=seed))
+        config = _mesh_config(settings, relays=_relays_of(settings))
+        mesh = await stack.enter_async_context(open_libp2p_mesh(config, seed=seed))
         nursery = await stack.enter_async_context(_until_stopped())
         coordinator = await join_coordinator(mesh, settings.coordinator)
         provider: Provider = await nursery.start(
