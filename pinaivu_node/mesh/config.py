@@ -41,6 +41,9 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     max_held_per_peer: PositiveInt = 32 << 20
     """Bytes of one peer that we hold for slow readers: what its windows may grow to together, and
     again as much for half frames."""
+    max_held: PositiveInt = 512 << 20
+    """Bytes that all peers together may have us hold unread; the one that has most is dropped.
+    Honest ones have next to none: what they send is read as it comes."""
     max_gossip_per_second: PositiveInt = 1000
     """Gossip messages forwarded by one peer; more are dropped unread.  A hub that auctions 100
     jobs a second to 10 models stays well under it."""

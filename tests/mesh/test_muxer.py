@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -25,6 +25,7 @@ from libp2p.stream_muxer.exceptions import (
 
 from pinaivu_node.mesh.libp2p.channel import LayeredChannel, SocketChannel
 from pinaivu_node.mesh.libp2p.muxed_stream import HIGH_WATER
+from pinaivu_node.mesh.libp2p.pressure import Pressure
 from pinaivu_node.mesh.libp2p.pulse import Pulse
 from pinaivu_node.mesh.libp2p.secure import GatedNoise, NoiseOnly, NotSpoken, proposal
 from pinaivu_node.mesh.libp2p.transport import YamuxOnly
@@ -54,7 +55,7 @@ class Layer:
 
 
 class Side:
-    def __init__(self, name: str, limits: Limits) -> None:
+    def __init__(self, name: str, limits: Limits, *, max_held: int = 64 << 20) -> None:
         self.keys = create_new_key_pair(seed=name.encode().ljust(32))
         self.peer_id = ID.from_pubkey(self.keys.public_key)
         noise = GatedNoise(self.keys, noise_privkey=create_noise_keys().private_key)
@@ -62,9 +63,7 @@ class Side:
         self.security = NoiseOnly(noise, timeout=5)
         self.pulse = Pulse(ping_interval=1.0, dead_after=3.5)
         self.faults: list[str] = []
-        self.muxer = YamuxOnly(
-            limits, self.pulse, lambda _, why: self.faults.append(why), timeout=5
-        )
+        self.muxer = YamuxOnly(limits, self.pulse, Pressure(max_held), self.note, timeout=5)
         self.connection = None
 
     def note(self, _peer: object, reason: str) -> None:
@@ -99,9 +98,11 @@ async def layer_pair():
 
 
 @asynccontextmanager
-async def joined(make_pair, limits: Limits | None = None) -> AsyncIterator[tuple[Side, Side]]:
+async def joined(
+    make_pair, limits: Limits | None = None, *, max_held: int = 64 << 20
+) -> AsyncIterator[tuple[Side, Side]]:
     limits = limits or Limits()
-    one, other = Side("one", limits), Side("other", limits)
+    one, other = Side("one", limits), Side("other", limits, max_held=max_held)
     dialled, accepted = await make_pair()
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as both:
@@ -293,6 +294,46 @@ async def test_only_one_task_may_read(streams):
         with pytest.raises(trio.BusyResourceError):
             await ours.read()
         nursery.cancel_scope.cancel()
+
+
+class TestPressure:
+    @pytest.mark.parametrize("make_pair", [socket_pair, layer_pair], ids=["sockets", "layers"])
+    async def test_who_makes_us_hold_too_much_is_dropped_and_nothing_is_held(self, make_pair):
+        async with joined(make_pair, max_held=4 * INITIAL_WINDOW) as (one, other):
+            kept = []
+
+            async def keep_all() -> None:
+                with suppress(MuxedConnUnavailable):
+                    while True:
+                        kept.append(await other.connection.accept_stream())
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_all)
+                for _ in range(8):
+                    stream = await one.connection.open_stream()
+                    with suppress(MuxedStreamReset):
+                        await stream.write(bytes(INITIAL_WINDOW))
+            assert len(kept) > 3
+            assert other.connection.is_closed
+            assert sum(stream.core.unread for stream in kept) == 0
+            assert "hold too much" in other.faults[0]
+
+    def test_only_as_many_are_dropped_as_must_be_and_the_largest_first(self):
+        class Holding:
+            def __init__(self, held: int) -> None:
+                self.held = held
+
+            def relieve(self, _reason: str) -> None:
+                self.held = 0
+
+        pressure = Pressure(100)
+        holders = [Holding(held) for held in (40, 5, 90, 41)]
+        for holder in holders:
+            pressure.watch(holder)
+        pressure.received(12)
+        assert [holder.held for holder in holders] == [40, 5, 90, 41]
+        pressure.received(1)
+        assert [holder.held for holder in holders] == [40, 5, 0, 41]
 
 
 class TestPulse:

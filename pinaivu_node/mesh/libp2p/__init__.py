@@ -7,6 +7,7 @@
     muxed_stream  one stream of it
     flusher       sends once per turn of the event loop what was written in it
     pulse         notices silent peers
+    pressure      bounds what all peers together make us hold
     transport     what a host is given of all that
     gossip        pubsub that no message can bring down
     host          a py-libp2p host that is safe to expose

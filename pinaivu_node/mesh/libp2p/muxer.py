@@ -19,6 +19,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 
 from pinaivu_node.mesh.libp2p.flusher import Flusher
 from pinaivu_node.mesh.libp2p.muxed_stream import MuxedStream
+from pinaivu_node.mesh.libp2p.pressure import Pressure
 from pinaivu_node.mesh.libp2p.pulse import Pulse
 from pinaivu_node.mesh.libp2p.secure import NoiseSession
 from pinaivu_node.mesh.yamux import events as told
@@ -45,7 +46,14 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
     """Made by the muxer of our host; `start` is run by the swarm, and owns everything here."""
 
     def __init__(
-        self, session: NoiseSession, peer_id: Any, *, limits: Limits, pulse: Pulse, fault: Fault
+        self,
+        session: NoiseSession,
+        peer_id: Any,
+        *,
+        limits: Limits,
+        pulse: Pulse,
+        pressure: Pressure,
+        fault: Fault,
     ) -> None:
         self.secured_conn = session
         self.peer_id = peer_id
@@ -57,6 +65,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         self._core = Connection(is_dialler=session.is_initiator, limits=limits)
         self._channel = session.channel
         self._pulse = pulse
+        self._pressure = pressure
         self._fault = fault
         self._flusher = Flusher.of_this_run()
         self._dirty = False
@@ -134,6 +143,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._pulse.watch(self, first=self.is_initiator)
+                self._pressure.watch(self)
                 self.event_started.set()
                 self.flush()
                 try:
@@ -155,6 +165,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
                 now = self.heard_at = trio.current_time()
                 for plaintext in plaintexts:
                     core.receive_untrusted(plaintext, now=now)
+                self._pressure.received(sum(map(len, plaintexts)))
                 self._dispatch()
                 if core.has_data_to_send:
                     self.touch()
@@ -188,6 +199,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         if not first:
             return
         self._pulse.unwatch(self)
+        self._pressure.unwatch(self)
         self._core.lose()
         self._dispatch()
         self._acceptors.unpark_all()
@@ -217,6 +229,20 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         logger.debug("gave up %s: %s", self.peer_id, reason)
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
+
+    # --- pressure ---------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """See `Holder.held`."""
+        return self._core.unread
+
+    def relieve(self, reason: str) -> None:
+        """See `Holder.relieve`."""
+        self._core.reset_all()
+        self.settle()
+        self._fault(PeerId(str(self.peer_id)), reason)
+        self.give_up(reason)
 
     # --- out --------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p.muxer import Fault, MuxedConnection
+from pinaivu_node.mesh.libp2p.pressure import Pressure
 from pinaivu_node.mesh.libp2p.pulse import Pulse
 from pinaivu_node.mesh.libp2p.secure import (
     GatedNoise,
@@ -31,10 +32,13 @@ _STREAMS_BEFORE_REFUSAL = 2
 class YamuxOnly:
     """In place of the stock choice between muxers: there is one."""
 
-    def __init__(self, limits: Limits, pulse: Pulse, fault: Fault, *, timeout: float) -> None:
+    def __init__(
+        self, limits: Limits, pulse: Pulse, pressure: Pressure, fault: Fault, *, timeout: float
+    ) -> None:
         self.transports = {YAMUX: MuxedConnection}
         self.pulse = pulse
         self._limits = limits
+        self._pressure = pressure
         self._fault = fault
         self._timeout = timeout
 
@@ -46,7 +50,12 @@ class YamuxOnly:
         else:
             await answer_proposals(conn, YAMUX, timeout=self._timeout)
         muxed = MuxedConnection(
-            conn, peer_id, limits=self._limits, pulse=self.pulse, fault=self._fault
+            conn,
+            peer_id,
+            limits=self._limits,
+            pulse=self.pulse,
+            pressure=self._pressure,
+            fault=self._fault,
         )
         muxed.negotiated_muxer_protocol = str(YAMUX)
         muxed.negotiated_security_protocol = conn.negotiated_security_protocol
@@ -66,5 +75,5 @@ def transport_options(
     pulse = Pulse(ping_interval=config.ping_interval, dead_after=config.dead_after)
     return (
         NoiseOnly(noise, timeout=config.dial_timeout),
-        YamuxOnly(limits, pulse, fault, timeout=config.dial_timeout),
+        YamuxOnly(limits, pulse, Pressure(config.max_held), fault, timeout=config.dial_timeout),
     )

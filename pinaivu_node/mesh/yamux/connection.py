@@ -88,6 +88,11 @@ class Connection:
         return len(self._streams)
 
     @property
+    def unread(self) -> int:
+        """Bytes that arrived on open streams and were not read; adds them up."""
+        return sum(stream.unread for stream in self._streams.values())
+
+    @property
     def round_trip(self) -> float | None:
         """Seconds, smoothed; None before the first ping came back."""
         return self.budget.round_trip
@@ -125,6 +130,11 @@ class Connection:
         if not self._we_leave:
             self._we_leave = True
             self.say(pack(frames.GO_AWAY, 0, frames.SESSION, reason))
+
+    def reset_all(self) -> None:
+        """Reset every stream: nothing that arrived is kept."""
+        for stream in list(self._streams.values()):
+            stream.reset()
 
     def lose(self) -> None:
         """The connection is gone: every stream ends, and says so."""

@@ -396,7 +396,7 @@ class TestHostilePeers:
         with pytest.raises(RemoteProtocolError):
             listener().receive_untrusted(wire, now=0.0)
 
-    @settings(max_examples=300)
+    @settings(max_examples=300, deadline=None)
     @given(
         st.lists(
             st.one_of(
