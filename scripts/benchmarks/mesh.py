@@ -129,28 +129,31 @@ async def _dial(client: Client, _server: psutil.Process) -> float:
 async def _slow(client: Client, _server: psutil.Process) -> tuple[list[float], list[float]]:
     """Microseconds of round trips on 63 streams, alone and beside one that nobody reads."""
     pipes = [await _start(client, {"order": "echo"}) for _ in range(STREAMS - 1)]
+    every = 0.05
+    alone: list[float] = []
+    beside: list[float] = []
 
-    async def talk() -> list[float]:
-        times: list[float] = []
+    async def talk(times: list[float]) -> None:
+        start = trio.current_time()
 
-        async def one(pipe: Pipe) -> None:
-            for _ in range(20):
+        async def one(pipe: Pipe, offset: float) -> None:
+            for turn in range(10):
+                await trio.sleep_until(start + offset + turn * every)
                 started = time.perf_counter()
                 await pipe.send(bytes(TOKEN_BYTES))
                 await pipe.receive()
-                times.append(time.perf_counter() - started)
-                await trio.sleep(0.02)
+                times.append(1e6 * (time.perf_counter() - started))
 
         async with trio.open_nursery() as nursery:
-            for pipe in pipes:
-                nursery.start_soon(one, pipe)
-        return [1e6 * seconds for seconds in times]
+            for number, pipe in enumerate(pipes):  # one after another, not all in one breath
+                nursery.start_soon(one, pipe, number * every / len(pipes))
 
-    alone = await talk()
-    unread = await _start(client, {"order": "flood", "size": 16_384})
-    await trio.sleep(0.3)
-    beside = await talk()
-    del unread
+    for _ in range(3):  # by turns: the machine is not equally quiet all the time
+        await talk(alone)
+        unread: Any = await _start(client, {"order": "flood", "size": 16_384})
+        await trio.sleep(0.2)
+        await talk(beside)
+        unread.reset()
     return alone, beside
 
 
