@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from real_models import MODELS
 
 MODEL = "smollm2:135m"
 NODE = [sys.executable, "-m", "pinaivu_node.cli"]
@@ -106,10 +107,9 @@ def eventually(condition: Callable[[], Any], *, within: float) -> Any:
 
 @contextmanager
 def devnet(home: Path, *options: str) -> Iterator[Network]:
-    models = os.environ.get("PINAIVU_TEST_MODELS", str(Path.home() / ".cache/pinaivu-test/models"))
     command = [
         *NODE, "devnet", "--json", "--home", str(home), "--port", "0",
-        "--models-folder", models, *options,
+        "--models-folder", str(MODELS), *options,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         network = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
@@ -33,9 +33,6 @@ from pinaivu_node.engine.types import (
     ToolChoice,
     ToolUse,
 )
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import ModelStore
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -188,10 +185,7 @@ ANSWERED = "answered: "
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    where = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        store = ModelStore(Path(where).expanduser())
-        return pull(store, "smollm2:135m", progress=progress).folder
+    return installed("smollm2:135m").folder
 
 
 @pytest.fixture

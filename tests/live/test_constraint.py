@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from pathlib import Path
 
 import pytest
+from real_models import installed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from walks import CHOICES, REGEXES, SCHEMAS, Walker, choice, regex, schema
@@ -15,16 +15,13 @@ from walks import CHOICES, REGEXES, SCHEMAS, Walker, choice, regex, schema
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture(scope="module", params=[("smollm2@135m", 49_152), ("gemma3@270m", 262_144)])
+@pytest.fixture(scope="module", params=[("smollm2:135m", 49_152), ("gemma3:270m", 262_144)])
 def walker(request):
     from transformers import AutoTokenizer
 
     name, vocabulary = request.param
-    folder = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    model = Path(folder).expanduser() / name
-    if not model.exists():
-        pytest.skip(f"{model} is not there")
-    return Walker(AutoTokenizer.from_pretrained(model), vocabulary=vocabulary)
+    folder = installed(name).folder
+    return Walker(AutoTokenizer.from_pretrained(folder), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
 import pytest
 import trio
 from devnets import devnet
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
@@ -21,9 +20,7 @@ from pinaivu_node.engine.types import (
     SamplingParams,
 )
 from pinaivu_node.models.catalogue import ModelKind
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import InstalledModel, ModelStore
+from pinaivu_node.models.store import InstalledModel
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -37,12 +34,6 @@ SENTENCES = (
     "word " * 200,
     "Ünïcödé: 日本語, русский, 🦙",
 )
-
-
-def installed(name: str) -> InstalledModel:
-    folder = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        return pull(ModelStore(Path(folder).expanduser()), name, progress=progress)
 
 
 @pytest.fixture(scope="module")

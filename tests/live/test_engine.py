@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import trio
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
@@ -18,9 +17,7 @@ from pinaivu_node.engine.types import (
     PromptRefused,
     SamplingParams,
 )
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import InstalledModel, ModelStore
+from pinaivu_node.models.store import InstalledModel
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -30,12 +27,6 @@ QUESTIONS = (
     "Name the primary colours, with an emoji for each.",
     "def fibonacci(n):",
 )
-
-
-def installed(name: str) -> InstalledModel:
-    folder = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        return pull(ModelStore(Path(folder).expanduser()), name, progress=progress)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 import trio
 from devnets import NODE, devnet
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
@@ -21,9 +19,6 @@ from pinaivu_node.engine.fleet.fleet import FleetConfig, open_fleet
 from pinaivu_node.engine.fleet.footprint import footprint_of, resident_bytes
 from pinaivu_node.engine.fleet.residency import Residence
 from pinaivu_node.engine.types import EngineBusy, GenerationRequest, SamplingParams
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import ModelStore
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
@@ -31,10 +26,8 @@ SMALL, LARGE = "smollm2:135m", "gemma3:270m"
 
 
 def model_of(name: str) -> FleetModel:
-    root = Path(os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models"))
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        installed = pull(ModelStore(root.expanduser()), name, progress=progress)
-    config = EngineConfig(model=installed.folder, device="cpu", threads=1, kv_cache_gb=0.5)
+    model = installed(name)
+    config = EngineConfig(model=model.folder, device="cpu", threads=1, kv_cache_gb=0.5)
     footprint = footprint_of(config)
     return FleetModel(
         name=name,
@@ -42,7 +35,7 @@ def model_of(name: str) -> FleetModel:
         need=footprint.need,
         spare=footprint.spare,
         load_s=footprint.load_s,
-        context_window=installed.context_window,
+        context_window=model.context_window,
     )
 
 

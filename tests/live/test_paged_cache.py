@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.batching.blocks import BlockPool
 from pinaivu_node.engine.model.cuda_cache import CudaKvCache
 from pinaivu_node.engine.model.cuda_graphs import DecodeGraphs
 from pinaivu_node.engine.model.runner import Runner
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import ModelStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
 from solo import Solo, request
@@ -43,9 +39,7 @@ def over_pages(model):
 
 @pytest.mark.parametrize("name", ["smollm2:135m", "gemma3:270m"])
 def test_a_real_model_says_the_same_over_the_pages_of_a_gpu(name):
-    models = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        folder = pull(ModelStore(Path(models).expanduser()), name, progress=progress).folder
+    folder = installed(name).folder
     # The second is longer than Gemma's window of 512.
     prompts = ["The capital of France is", "One after the other, " * 160, "Once upon a time"]
     wanted = [

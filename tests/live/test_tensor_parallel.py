@@ -11,15 +11,12 @@ import psutil
 import pytest
 import torch
 import trio
-from rich.console import Console
+from real_models import installed
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
 from pinaivu_node.engine.types import EngineDead, GenerationRequest, SamplingParams
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import ModelStore
 
 pytestmark = [
     pytest.mark.live,
@@ -31,10 +28,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """SmolLM2, whose nine heads and three KV heads are shared out among three."""
-    models = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        store = ModelStore(Path(models).expanduser())
-        return pull(store, "smollm2:135m", progress=progress).folder
+    return installed("smollm2:135m").folder
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
-from pathlib import Path
 
 import pytest
+from real_models import installed
 
 from pinaivu_node.engine.chat.text import ByteDetokenizer
 from pinaivu_node.engine.chat.token_bytes import TokenBytes
@@ -14,15 +13,11 @@ from pinaivu_node.engine.chat.token_bytes import TokenBytes
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture(scope="module", params=["smollm2@135m", "gemma3@270m"])
+@pytest.fixture(scope="module", params=["smollm2:135m", "gemma3:270m"])
 def tokenizer(request):
     from transformers import AutoTokenizer
 
-    folder = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    model = Path(folder).expanduser() / request.param
-    if not model.exists():
-        pytest.skip(f"{model} is not there")
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(installed(request.param).folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from real_models import installed
 
 from pinaivu_node.engine.client import open_engine
 from pinaivu_node.engine.config import EngineConfig
@@ -20,9 +19,6 @@ from pinaivu_node.engine.types import (
     ToolChoice,
     ToolUse,
 )
-from pinaivu_node.models.progress import ConsoleProgress
-from pinaivu_node.models.pull import pull
-from pinaivu_node.models.store import ModelStore
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -40,10 +36,7 @@ WEATHER = Tool("get_weather", "The weather in a city.", json.dumps(SCHEMA))
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    folder = os.environ.get("PINAIVU_TEST_MODELS", "~/.cache/pinaivu-test/models")
-    with ConsoleProgress(Console(stderr=True)) as progress:
-        store = ModelStore(Path(folder).expanduser())
-        return pull(store, "smollm2:135m", progress=progress).folder
+    return installed("smollm2:135m").folder
 
 
 def asked(choice, *, resume=(), **use) -> GenerationRequest:
