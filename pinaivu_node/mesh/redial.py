@@ -23,6 +23,9 @@ _MAX_ADDRESSES: Final = 16
 _HEAD_START: Final = 1.0
 """Seconds that a direct way is tried, by either side, before one through a relay: three round trips
 to the other end of the world."""
+_STAGGER: Final = 0.3
+"""Seconds until the next address is tried beside one that has not answered: a firewall that drops
+what it does not like would else cost the whole time that a dial may take."""
 _STRAIGHTEN: Final = Backoff(first=10.0, ceiling=600.0)
 """How often a direct way is looked for while there is one through a relay."""
 
@@ -117,21 +120,21 @@ class Redialer:
             await self._dial_somehow(peer, kept, turn)
 
     async def _dial_somehow(self, peer: PeerId, kept: _Kept, turn: int) -> None:
+        """Try every way there is, one soon after another, until one leads there or all fail."""
         async with trio.open_nursery() as nursery:
 
-            async def detour(address: str) -> None:
-                await trio.sleep(_HEAD_START)
-                if peer not in self._presence:
-                    await attempt(address)
-
-            async def attempt(address: str) -> None:
-                if await self._try_to_dial(address):
+            async def attempt(address: str, after: float) -> None:
+                await trio.sleep(after)
+                if peer in self._presence or await self._try_to_dial(address):
                     nursery.cancel_scope.cancel()
 
-            if kept.circuits:
-                nursery.start_soon(detour, kept.circuits[turn % len(kept.circuits)])
-            if kept.direct:
-                await attempt(kept.direct[turn % len(kept.direct)])
+            for number, address in enumerate(_from(kept.direct, turn)[1:], 1):
+                nursery.start_soon(attempt, address, number * _STAGGER)
+            for address in _from(kept.circuits, turn)[:1]:
+                # The other side will do the same: by chance one of us is first.
+                nursery.start_soon(attempt, address, _HEAD_START * (1 + self._random()))
+            for address in _from(kept.direct, turn)[:1]:
+                await attempt(address, 0)
 
     async def _straighten(self, peer: PeerId, kept: _Kept) -> None:
         failures = 1
@@ -152,3 +155,9 @@ class Redialer:
             logger.debug("redial: %s", exc)
             return False
         return True
+
+
+def _from(addresses: list[str], turn: int) -> list[str]:
+    """All of them, each first in its turn."""
+    at = turn % len(addresses) if addresses else 0
+    return addresses[at:] + addresses[:at]
