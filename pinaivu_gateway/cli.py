@@ -88,6 +88,14 @@ def serve(
         Path | None,
         typer.Option(help="PEM file, if the key is not beside it.", show_default=False),
     ] = None,
+    lan: Annotated[
+        bool | None,
+        typer.Option(
+            "--lan/--no-lan",
+            help="Look for a coordinator on the local network if none is named.",
+            show_default=False,
+        ),
+    ] = None,
     relay: Annotated[
         bool | None,
         typer.Option(
@@ -112,6 +120,7 @@ def serve(
         "mesh_announce": mesh_announce,
         "mesh_tls_cert": mesh_tls_cert,
         "mesh_tls_key": mesh_tls_key,
+        "lan": lan,
         "relay": relay,
         "relay_through": relay_through,
         "home": home,
@@ -126,20 +135,23 @@ def serve(
 async def _serve(settings: GatewaySettings, as_json: bool) -> None:  # noqa: FBT001 - trio.run
     from functools import partial
 
-    from pinaivu_gateway.service import check_coordinators, relays_of, serve_gateway
+    from pinaivu_gateway.service import check_coordinators, serve_gateway
+    from pinaivu_node.mesh.bootstrap import named_or_found, relays_of
     from pinaivu_node.mesh.config import MeshConfig
     from pinaivu_node.mesh.libp2p import open_libp2p_mesh
     from pinaivu_node.mesh.pipes import RelayLimits
     from pinaivu_node.protocol.signing import Signer
 
     check_coordinators(settings)  # before anything is opened
+    found = await named_or_found(settings.coordinator, lan=settings.lan)
+    settings = settings.model_copy(update={"coordinator": found})
     seed = load_or_create_seed(settings.home)
     config = MeshConfig(
         listen=settings.mesh_listen,
         announce=settings.mesh_announce,
         tls_certificate=settings.mesh_tls_cert,
         tls_key=settings.mesh_tls_key,
-        relays=relays_of(settings),
+        relays=relays_of(found, settings.relay_through),
         relay=RelayLimits() if settings.relay else None,
         hub=True,
     )

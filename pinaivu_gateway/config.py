@@ -83,6 +83,8 @@ class GatewaySettings(BaseSettings):
     """PEM, to listen for peers on /wss."""
     mesh_tls_key: Path | None = None
     """PEM; None: in the same file."""
+    lan: bool = False
+    """Whether to look for a coordinator by mDNS where none is named."""
     relay: bool = False
     """Whether to pass on bytes between peers that cannot dial each other."""
     relay_through: Words = ()

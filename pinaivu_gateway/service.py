@@ -65,7 +65,7 @@ async def serve_gateway(  # noqa: PLR0913 - the composition root of a gateway
 def check_coordinators(settings: GatewaySettings) -> None:
     """ConfigError unless somebody is named who could be dialled."""
     try:
-        if by_peer(settings.coordinator):
+        if by_peer(settings.coordinator) or settings.lan:
             return
         fault = "which coordinator?"
     except PeerUnreachable as exc:
@@ -74,9 +74,3 @@ def check_coordinators(settings: GatewaySettings) -> None:
         f"{fault} Give --coordinator /ip4/…/tcp/4001/p2p/12D3KooW…, or set `coordinator` in "
         f"{settings.home / 'config.toml'}"
     )
-
-
-def relays_of(settings: GatewaySettings) -> tuple[str, ...]:
-    """Coordinators pass others on to us where they may; those others know the same ones."""
-    coordinators = by_peer(settings.coordinator)
-    return (*settings.relay_through, *(f"/p2p/{peer}" for peer in coordinators))

@@ -59,6 +59,8 @@ class _Settings(BaseSettings):
     """PEM; None: in the same file."""
     relay: bool = False
     """Whether to pass on bytes between peers that cannot dial each other."""
+    lan: bool = False
+    """By mDNS: a coordinator advertises, a provider looks for one if it is told of none."""
 
     @classmethod
     def settings_customise_sources(

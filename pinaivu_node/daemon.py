@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from pinaivu_node.engine.synthetic import SyntheticEngine
 from pinaivu_node.engine.types import Engine
 from pinaivu_node.identity import load_or_create_seed
 from pinaivu_node.interpreter import tune_for_latency
-from pinaivu_node.mesh.bootstrap import by_peer, join_coordinator
+from pinaivu_node.mesh.bootstrap import by_peer, join_coordinator, named_or_found, relays_of
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
 from pinaivu_node.mesh.mesh import PeerUnreachable
@@ -86,14 +86,17 @@ def fetch_models(settings: ProviderSettings, *, console: Console) -> None:
 async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
     """Sell the configured models until SIGINT or SIGTERM; `live` shows the screen."""
     _check_coordinators(settings)
+    coordinators = settings.coordinator or await _look_around()
+    if not coordinators:
+        return  # stopped before one was found
     seed = load_or_create_seed(settings.home)
     async with AsyncExitStack() as stack:
         models = await _open_models(stack, settings)
         engines = {served.model: served for served in models}
-        config = _mesh_config(settings, relays=_relays_of(settings))
+        config = _mesh_config(settings, relays=relays_of(coordinators, settings.relay_through))
         mesh = await stack.enter_async_context(open_libp2p_mesh(config, seed=seed))
         nursery = await stack.enter_async_context(_until_stopped())
-        coordinator = await join_coordinator(mesh, settings.coordinator)
+        coordinator = await join_coordinator(mesh, coordinators)
         provider: Provider = await nursery.start(
             partial(
                 serve_provider,
@@ -119,7 +122,7 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
 
 def _check_coordinators(settings: ProviderSettings) -> None:
     try:
-        if by_peer(settings.coordinator):
+        if by_peer(settings.coordinator) or settings.lan:
             return
         fault = "which coordinator?"
     except PeerUnreachable as exc:
@@ -130,11 +133,13 @@ def _check_coordinators(settings: ProviderSettings) -> None:
     )
 
 
-def _relays_of(settings: ProviderSettings) -> Iterator[str]:
-    """Coordinators pass others on to us where they may; those others know the same ones."""
-    yield from settings.relay_through
-    for peer in by_peer(settings.coordinator):
-        yield f"/p2p/{peer}"
+async def _look_around() -> tuple[str, ...]:
+    """Addresses of a coordinator on the local network; none if we are stopped before."""
+    found: tuple[str, ...] = ()
+    async with _until_stopped() as nursery:
+        found = await named_or_found((), lan=True)
+        nursery.cancel_scope.cancel()
+    return found
 
 
 async def _open_models(stack: AsyncExitStack, settings: ProviderSettings) -> list[ServedModel]:
@@ -314,6 +319,7 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
     async with (
         open_store(database) as store,
         open_libp2p_mesh(_mesh_config(settings, hub=True), seed=seed) as mesh,
+        AsyncExitStack() as stack,
         _until_stopped() as nursery,
     ):
         coordinator: Coordinator = await nursery.start(
@@ -321,6 +327,10 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
         )
         handlers = coordinator_handlers(coordinator, mesh)
         await nursery.start(control.serve_control, control.socket_path(settings.home), handlers)
+        if settings.lan:
+            from pinaivu_node.mesh.lan import advertised
+
+            await stack.enter_async_context(advertised(mesh.peer_id, mesh.addresses))
         tune_for_latency()
         for address in mesh.addresses:
             logger.info("coordinator listens on %s", address)
@@ -333,7 +343,7 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
 def _mesh_config(
     settings: ProviderSettings | CoordinatorSettings,
     *,
-    relays: Iterable[str] = (),
+    relays: tuple[str, ...] = (),
     hub: bool = False,
 ) -> MeshConfig:
     return MeshConfig(
@@ -341,7 +351,7 @@ def _mesh_config(
         announce=settings.announce,
         tls_certificate=settings.tls_cert,
         tls_key=settings.tls_key,
-        relays=tuple(relays),
+        relays=relays,
         relay=RelayLimits() if settings.relay else None,
         hub=hub,
     )

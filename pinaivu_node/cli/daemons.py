@@ -53,6 +53,14 @@ Announce = Annotated[
 TlsCert = Annotated[
     Path | None, typer.Option(help="PEM file, to listen on /wss.", show_default=False)
 ]
+Lan = Annotated[
+    bool | None,
+    typer.Option(
+        "--lan/--no-lan",
+        help="By mDNS: a coordinator advertises, a provider that is told of none looks for one.",
+        show_default=False,
+    ),
+]
 Relay = Annotated[
     bool | None,
     typer.Option(
@@ -85,6 +93,7 @@ def start(
     announce: Announce = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    lan: Lan = None,
     relay: Relay = None,
     relay_through: Annotated[
         list[str] | None,
@@ -191,6 +200,7 @@ def coordinate(
     announce: Announce = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    lan: Lan = None,
     relay: Relay = None,
     database: Annotated[
         str | None,

@@ -32,6 +32,30 @@ def by_peer(addresses: Iterable[str]) -> dict[PeerId, list[str]]:
     return peers
 
 
+async def named_or_found(addresses: tuple[str, ...], *, lan: bool) -> tuple[str, ...]:
+    """These addresses, or where there are none those of a coordinator on the local network.
+
+    Waits for one to be found.  Raises MeshError if there is no network to look on.
+    """
+    if addresses or not lan:
+        return addresses
+    # Here, since zeroconf takes a tenth of a second to import, and few ask for it.
+    from pinaivu_node.mesh.lan import find_coordinator
+
+    logger.info("looking for a coordinator on the local network")
+    found = await find_coordinator()
+    logger.info("found the coordinator %s", found[0])
+    return found
+
+
+def relays_of(addresses: Iterable[str], more: Iterable[str] = ()) -> tuple[str, ...]:
+    """For `MeshConfig.relays`: these coordinators, and the relays that are named besides.
+
+    Coordinators pass others on to us where they may, and those others know the same ones.
+    """
+    return (*more, *(f"/p2p/{peer}" for peer in by_peer(addresses)))
+
+
 async def join_coordinator(
     mesh: Mesh,
     addresses: Sequence[str],

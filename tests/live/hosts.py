@@ -89,6 +89,15 @@ class Internet:
         assert done.returncode == 0, done.stderr
         return space
 
+    def neighbours(self, one: str, other: str) -> tuple[str, str]:
+        """Two hosts on a network of their own, with nothing else on it."""
+        first, second = self._space(one), self._space(other)
+        ip(first, "link add lan type veth peer name lan netns", second)
+        for number, space in enumerate((first, second), 1):
+            ip(space, f"addr add 192.168.2.{number}/24 dev lan")
+            ip(space, "link set lan up")
+        return first, second
+
     def take_down(self) -> None:
         for link in self._links:
             link.send_signal(signal.SIGTERM)

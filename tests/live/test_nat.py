@@ -61,8 +61,8 @@ class Market:
         )  # fmt: skip
         self._gateway, self._key = space, json.loads(made.stdout)["key"]
         self._start(
-            space, "gateway", *GATEWAY, "serve", "--home", home, "--coordinator", coordinator,
-            "--listen", "127.0.0.1:8080", *options,
+            space, "gateway", *GATEWAY, "serve", "--home", home, "--listen", "127.0.0.1:8080",
+            *(["--coordinator", coordinator] if coordinator else []), *options,
         )  # fmt: skip
 
     def sell(self, space: str, *coordinators: str, options: tuple[str, ...] = ()) -> None:
@@ -188,6 +188,16 @@ def test_a_provider_gets_out_through_the_https_port_alone(net, tmp_path) -> None
         home, gateways = running.paths()
         assert home == "websocket"
         assert "websocket" in gateways
+
+
+def test_a_coordinator_is_found_on_the_local_network(net, tmp_path) -> None:
+    coordinator, other = net.neighbours("coord", "other")
+    with market(tmp_path) as running:
+        running.coordinate(coordinator, "--lan")
+        running.serve(other, "", "--lan")
+        running.sell(other, options=("--lan",))
+        answered(running)
+        assert running.paths() == ("direct", "direct")
 
 
 def self_signed(folder: Path) -> Path:
