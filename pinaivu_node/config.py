@@ -88,6 +88,8 @@ class ProviderSettings(_Settings):
     """Multiaddrs: several of one coordinator, or of several, of which the first to answer is
     dealt with."""
     listen: Words = ("/ip4/0.0.0.0/tcp/0",)
+    proxy: SecretStr | None = None
+    """The HTTP proxy to dial WebSockets through, like http://proxy.example.org:3128."""
     relay_through: AnyWords = ()
     """Multiaddrs of relays to be reached through, besides the coordinators."""
     price_input: Annotated[int, Field(ge=0, le=2**53 - 1)] = DEFAULT_PRICE_INPUT

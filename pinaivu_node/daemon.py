@@ -93,7 +93,12 @@ async def run_provider(settings: ProviderSettings, *, live: bool) -> None:
     async with AsyncExitStack() as stack:
         models = await _open_models(stack, settings)
         engines = {served.model: served for served in models}
-        config = _mesh_config(settings, relays=relays_of(coordinators, settings.relay_through))
+        config = _mesh_config(settings).model_copy(
+            update={
+                "relays": relays_of(coordinators, settings.relay_through),
+                "proxy": settings.proxy.get_secret_value() if settings.proxy else None,
+            }
+        )
         mesh = await stack.enter_async_context(open_libp2p_mesh(config, seed=seed))
         nursery = await stack.enter_async_context(_until_stopped())
         coordinator = await join_coordinator(mesh, coordinators)
@@ -341,17 +346,13 @@ async def run_coordinator(settings: CoordinatorSettings) -> None:
 
 
 def _mesh_config(
-    settings: ProviderSettings | CoordinatorSettings,
-    *,
-    relays: tuple[str, ...] = (),
-    hub: bool = False,
+    settings: ProviderSettings | CoordinatorSettings, *, hub: bool = False
 ) -> MeshConfig:
     return MeshConfig(
         listen=settings.listen,
         announce=settings.announce,
         tls_certificate=settings.tls_cert,
         tls_key=settings.tls_key,
-        relays=relays,
         relay=RelayLimits() if settings.relay else None,
         hub=hub,
     )

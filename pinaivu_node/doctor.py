@@ -67,7 +67,7 @@ def _told(link: Link) -> dict[str, Any]:
     }
 
 
-async def probe(addresses: Iterable[str]) -> list[dict[str, Any]]:
+async def probe(addresses: Iterable[str], proxy: str | None = None) -> list[dict[str, Any]]:
     """Whether a coordinator answers at each of these addresses, and how fast.
 
     Dials under a name that was never used before.
@@ -75,7 +75,7 @@ async def probe(addresses: Iterable[str]) -> list[dict[str, Any]]:
     told = []
     for address in addresses:
         seed = os.urandom(_SEED_BYTES)
-        async with open_libp2p_mesh(MeshConfig(listen=()), seed=seed) as mesh:
+        async with open_libp2p_mesh(MeshConfig(listen=(), proxy=proxy), seed=seed) as mesh:
             started_at = time.perf_counter()
             try:
                 await mesh.dial(address)

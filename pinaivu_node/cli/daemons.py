@@ -95,6 +95,14 @@ def start(
     tls_key: TlsKey = None,
     lan: Lan = None,
     relay: Relay = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            help="HTTP proxy to reach /ws and /wss addresses through, like "
+            "http://proxy.example.org:3128.",
+            show_default=False,
+        ),
+    ] = None,
     relay_through: Annotated[
         list[str] | None,
         typer.Option(help="Multiaddr of a relay besides the coordinator.", show_default=False),

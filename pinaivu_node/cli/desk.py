@@ -60,7 +60,8 @@ def doctor(
 
         flags = {"home": home, "coordinator": coordinator}
         settings = config.load(ProviderSettings, flags, os.environ)
-        answer = {"running": False, "coordinators": trio.run(probe, settings.coordinator)}
+        proxy = settings.proxy.get_secret_value() if settings.proxy else None
+        answer = {"running": False, "coordinators": trio.run(probe, settings.coordinator, proxy)}
     if as_json:
         print_json(answer)
     else:

@@ -18,6 +18,8 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
     """PEM, for addresses that end in /wss; with its chain."""
     tls_key: Path | None = None
     """PEM; None: in the same file."""
+    proxy: str | None = None
+    """The HTTP proxy that WebSockets are dialled through, like http://proxy.example.org:3128."""
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on, for a peer behind NAT."""
     relays: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import socket
 from pathlib import Path
@@ -166,6 +167,79 @@ async def test_connections_that_ask_for_no_websocket_are_bounded() -> None:
             assert await client.dial(server.addresses[0]) == server.peer_id
         for stream in silent:
             await stream.aclose()
+
+
+async def run_proxy(answer: bytes, asked: list[bytes], *, task_status) -> None:
+    """An HTTP proxy that answers every CONNECT like this, and then does it."""
+
+    async def serve(client: trio.SocketStream) -> None:
+        head = await client.receive_some()
+        asked.append(head)
+        await client.send_all(answer)
+        host, _, port = head.split()[1].decode().rpartition(":")
+        server = await trio.open_tcp_stream(host, int(port))
+        async with server, client, trio.open_nursery() as nursery:
+            nursery.start_soon(copy, client, server)
+            await copy(server, client)
+            nursery.cancel_scope.cancel()
+
+    await trio.serve_tcp(serve, 0, host="127.0.0.1", task_status=task_status)
+
+
+async def copy(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        while data := await source.receive_some():
+            await sink.send_all(data)
+
+
+OK = b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("suffix", ["/ws", "/wss"])
+async def test_a_proxy_is_got_out_through(suffix: str, certificate: Path) -> None:
+    asked: list[bytes] = []
+    async with (
+        open_libp2p_mesh(listening_on(suffix, certificate), seed=ONE) as server,
+        trio.open_nursery() as nursery,
+    ):
+        (listener,) = await nursery.start(run_proxy, OK, asked)
+        port = listener.socket.getsockname()[1]
+        config = MeshConfig(listen=(), proxy=f"http://me:se%40cret@127.0.0.1:{port}")
+        async with open_libp2p_mesh(config, seed=OTHER) as client:
+            assert await client.dial(server.addresses[0]) == server.peer_id
+        nursery.cancel_scope.cancel()
+    assert asked[0].startswith(b"CONNECT 127.0.0.1:")
+    assert b"Proxy-Authorization: Basic bWU6c2VAY3JldA==\r\n" in asked[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "refused: 407 Proxy"),
+        (b"\xff\xfe\r\n\r\n", "refused"),
+        (b"x" * 40_000, "not answer as a proxy"),
+    ],
+    ids=["407", "garbage", "endless"],
+)
+async def test_a_proxys_no_is_told(answer: bytes, words: str) -> None:
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(run_proxy, answer, [])
+        port = listener.socket.getsockname()[1]
+        config = MeshConfig(listen=(), proxy=f"http://127.0.0.1:{port}")
+        async with (
+            open_libp2p_mesh(listening_on("/ws"), seed=ONE) as server,
+            open_libp2p_mesh(config, seed=OTHER) as client,
+        ):
+            with pytest.raises(MeshError, match=words):
+                await client.dial(server.addresses[0])
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("url", ["proxy:3128", "socks5://x:1", "http://", "http://x:99999", "[::1"])
+async def test_what_is_no_proxy_is_refused(url: str) -> None:
+    with pytest.raises(MeshError, match="no HTTP proxy"):
+        async with open_libp2p_mesh(MeshConfig(listen=(), proxy=url), seed=ONE):
+            pass
 
 
 async def connect(address: str) -> trio.SocketStream:

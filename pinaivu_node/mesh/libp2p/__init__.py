@@ -2,6 +2,7 @@
 
     channel       the socket
     websocket     another, for those who get out through HTTP ports only
+    proxy         and for those who get out through an HTTP proxy only
     secure        Noise: their handshake, then our session (`mesh.noise`)
     muxer         our Yamux (`mesh.yamux`) on trio, in the shape that libp2p wants
     muxed_stream  one stream of it

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -31,6 +30,7 @@ from multiaddr import Multiaddr
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p.listening import spelled_out
 from pinaivu_node.mesh.libp2p.muxer import Fault, MuxedConnection
+from pinaivu_node.mesh.libp2p.proxy import HttpProxy
 from pinaivu_node.mesh.libp2p.secure import PeerGate, Refused
 from pinaivu_node.mesh.libp2p.transport import transport_options
 from pinaivu_node.mesh.libp2p.websocket import WebSocketTransport, server_context
@@ -130,7 +130,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
         key_pair=key_pair,
         sec_opt=security.transports,
         muxer_opt={YAMUX: MuxedConnection},
-        transports=[TCP(), WebSocketTransport(_certificate(config))],
+        transports=[TCP(), _websockets(config)],
         announce_addrs=[Multiaddr(address) for address in config.announce] or None,
         disable_identify_address_discovery=True,  # what strangers say of our address
         connection_config=ConnectionConfig(
@@ -156,10 +156,11 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     return host
 
 
-def _certificate(config: MeshConfig) -> ssl.SSLContext | None:
-    if config.tls_certificate is None:
-        return None
-    return server_context(config.tls_certificate, config.tls_key)
+def _websockets(config: MeshConfig) -> WebSocketTransport:
+    certificate = None
+    if config.tls_certificate is not None:
+        certificate = server_context(config.tls_certificate, config.tls_key)
+    return WebSocketTransport(certificate, HttpProxy(config.proxy) if config.proxy else None)
 
 
 @asynccontextmanager

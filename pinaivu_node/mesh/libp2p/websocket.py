@@ -39,6 +39,7 @@ from wsproto.events import (
 )
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
+from pinaivu_node.mesh.libp2p.proxy import HttpProxy
 from pinaivu_node.mesh.mesh import MeshError
 
 logger = logging.getLogger(__name__)
@@ -216,10 +217,14 @@ class _Listener(IListener):  # type: ignore[misc] # untyped base
 
 
 class WebSocketTransport(ITransport):  # type: ignore[misc] # untyped base
-    """Dials and listens; `server` holds the certificate, without which nobody listens on wss."""
+    """Dials, through `proxy` if there is one, and listens.
 
-    def __init__(self, server: ssl.SSLContext | None) -> None:
+    `server` holds the certificate, without which nobody listens on wss.
+    """
+
+    def __init__(self, server: ssl.SSLContext | None, proxy: HttpProxy | None) -> None:
         self._server = server
+        self._connect = trio.open_tcp_stream if proxy is None else proxy.connect
         self._client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._client.check_hostname = False  # see the module: Noise proves who is there
         self._client.verify_mode = ssl.CERT_NONE
@@ -229,7 +234,7 @@ class WebSocketTransport(ITransport):  # type: ignore[misc] # untyped base
         """A raw connection, its WebSocket open; OpenConnectionError if there is none."""
         host, port, secure = _where(maddr)
         try:
-            stream = await trio.open_tcp_stream(host, port)
+            stream = await self._connect(host, port)
         except OSError as exc:
             raise OpenConnectionError(str(exc)) from exc
         try:
