@@ -42,8 +42,8 @@ def advice(home: Sequence[Link], others: Sequence[Link]) -> list[str]:
     relayed -= {link.peer for link in others if link.path is not Path.RELAYED}
     if relayed:
         told.append(
-            f"{len(relayed)} gateways are reached through a relay only: every token takes the way "
-            "around. For a direct one forward a port of your router to this machine, and start "
+            f"Gateways reached through a relay only: {len(relayed)}. Their tokens take the way "
+            "around; for a direct one forward a port of your router to this machine, and start "
             "with --listen /ip4/0.0.0.0/tcp/PORT --announce /ip4/YOUR-PUBLIC-ADDRESS/tcp/PORT."
         )
     if home and not others:

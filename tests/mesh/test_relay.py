@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from pinaivu_node.mesh import redial
 from pinaivu_node.mesh.address import is_circuit, split_circuit
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p import open_libp2p_mesh
@@ -207,6 +208,18 @@ async def test_a_direct_way_takes_the_place_of_a_relayed_one_when_it_is_quiet() 
         assert await says_back(town.one, town.other.peer_id, b"still there")
 
 
+async def test_of_two_pipes_between_two_peers_one_is_given_up() -> None:
+    async with hidden_pair() as town:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(town.one.dial, town.other.addresses[0])
+            nursery.start_soon(town.other.dial, town.one.addresses[0])
+        assert town.relay.statistics().pipes_made == 2
+        await until(lambda: town.relay.statistics().pipes == 1)
+        assert await says_back(town.one, town.other.peer_id, b"still there")
+        assert await says_back(town.other, town.one.peer_id, b"still there")
+        assert town.relay.statistics().pipes == 1
+
+
 def links_to(peer: PeerId, mesh: Mesh):
     return [link for link in mesh.links() if link.peer == peer]
 
@@ -220,7 +233,10 @@ async def test_a_kept_peer_is_dialled_directly_first() -> None:
         assert links_to(town.other.peer_id, town.one)[0].path is Path.DIRECT
 
 
-async def test_a_kept_peer_is_reached_through_the_relay_if_there_is_no_other_way() -> None:
+async def test_a_kept_peer_is_reached_through_the_relay_if_there_is_no_other_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redial, "_HEAD_START", 0.1)
     async with hidden_pair() as town:
         town.one.keep(f"/ip4/127.0.0.1/tcp/1/p2p/{town.other.peer_id}")
         town.one.keep(town.other.addresses[0])

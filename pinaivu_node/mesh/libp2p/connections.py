@@ -21,7 +21,8 @@ _GOODBYE: Final = 1.0
 class Connections:
     """Those that are up.  Several to one peer are nothing strange."""
 
-    def __init__(self) -> None:
+    def __init__(self, me: PeerId) -> None:
+        self._me = me
         self._all: set[Any] = set()
 
     def __contains__(self, connection: Any) -> bool:
@@ -46,9 +47,18 @@ class Connections:
         """Whether this peer is connected through relays alone, or not at all."""
         return all(map(_is_relayed, self.of(peer)))
 
-    def detours(self, peer: PeerId) -> list[Any]:
-        """The connections through relays to a peer that has a better one."""
-        return [] if self.is_detour(peer) else [each for each in self.of(peer) if _is_relayed(each)]
+    def surplus(self, peer: PeerId) -> list[Any]:
+        """The connections to this peer that both sides can do without.
+
+        Those through relays where there is a better one.  Where there is none, those that the peer
+        of the larger name dialled, if the other dialled as well.
+        """
+        relayed = [each for each in self.of(peer) if _is_relayed(each)]
+        if not self.is_detour(peer):
+            return relayed
+        first = min(self._me, peer)
+        kept = [each for each in relayed if (first == self._me) == each.muxed_conn.is_initiator]
+        return [each for each in relayed if each not in kept] if kept else []
 
     def links(self) -> tuple[Link, ...]:
         """What is told of them."""

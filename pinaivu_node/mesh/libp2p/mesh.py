@@ -87,7 +87,7 @@ class Libp2pMesh:
         self._pubsub.restart = self._kill_connections
         self._presence = Presence()
         self._counters = Counters()
-        self._connections = Connections()
+        self._connections = Connections(self._peer_id)
         self._streams: set[Libp2pFrameStream] = set()
         self._inboxes: dict[Topic, set[Inbox]] = {}
         self._subscribing = trio.Lock()
@@ -355,11 +355,11 @@ class Libp2pMesh:
         self._connections.add(connection)
         peer = libp2p_host.peer_of(connection)
         self._presence.connect(peer)
-        for detour in self._connections.detours(peer):
+        for surplus in self._connections.surplus(peer):
             self._start(
                 partial(
                     self._connections.close_when_quiet,
-                    detour,
+                    surplus,
                     lambda: self._streams,
                     quiet=self._config.detour_quiet,
                 )
