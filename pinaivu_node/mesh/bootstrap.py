@@ -2,6 +2,12 @@
 
 A list may name one coordinator several times, for its ways in (TCP, WebSocket), and several
 coordinators.  A peer deals with one of them: its money and its proofs are in that one's books.
+
+There is no distributed hash table to find more of them in.  py-libp2p's works on our connections
+(provided in 0.1 s among eight peers, found at once), but whoever wants to can have the list: it
+holds twenty names, and names are free.  It also speaks `/ipfs/kad/1.0.0` whatever prefix it is
+given, bounds neither the keys that strangers leave with a coordinator nor whom a search connects
+us with, and what it finds nobody has chosen.  A list in a file does not have these faults.
 """
 
 from __future__ import annotations
