@@ -244,6 +244,15 @@ async def test_a_kept_peer_is_reached_through_the_relay_if_there_is_no_other_way
         assert links_to(town.other.peer_id, town.one)[0].path is Path.RELAYED
 
 
+async def test_the_ways_through_relays_are_not_cut_off() -> None:
+    relays = ("/p2p/12D3KooWRdFFg3yTbTsDq5Z1yCvCWbqznEFro9jeVivo7rkayJ4D",)
+    announce = tuple(f"/ip4/192.0.2.{number}/tcp/1" for number in range(1, 11))
+    config = MeshConfig(announce=announce, relays=relays)
+    async with open_libp2p_mesh(config, seed=ONE) as mesh:
+        assert len(mesh.addresses) == 8
+        assert is_circuit(mesh.addresses[-1])
+
+
 def test_nothing_leads_through_two_relays() -> None:
     peer = "12D3KooWRdFFg3yTbTsDq5Z1yCvCWbqznEFro9jeVivo7rkayJ4D"
     assert is_circuit(f"/p2p/{peer}/p2p-circuit")

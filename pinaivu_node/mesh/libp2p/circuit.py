@@ -6,8 +6,9 @@ pass itself off as anybody.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from libp2p.abc import ConnectionType
 from libp2p.io.abc import ReadWriteCloser
@@ -28,6 +29,10 @@ from pinaivu_node.mesh.relay import Relay, reach
 from pinaivu_node.protocol.ids import PeerId
 from pinaivu_node.protocol.relay import MAX_CHUNK_BYTES
 from pinaivu_node.protocol.topics import RELAY
+
+_MOST_TOLD: Final = 8
+"""Addresses that a roster has room for."""
+_MOST_THROUGH_RELAYS: Final = 4
 
 
 class FramePipe(ReadWriteCloser):  # type: ignore[misc] # untyped base
@@ -76,8 +81,15 @@ class Circuits:
         )
         self.kept = tuple(address for address in relays if not address.startswith("/p2p/"))
         """Relays that nobody but us stays connected to."""
-        self.addresses = tuple(f"{each}{CIRCUIT}/p2p/{mesh.peer_id}" for each in relays)
-        """Under which we can be dialled through a relay."""
+        self._addresses = tuple(f"{each}{CIRCUIT}/p2p/{mesh.peer_id}" for each in relays)
+
+    def behind(self, ours: Sequence[str]) -> tuple[str, ...]:
+        """Our own addresses, and behind them those under which relays pass others on to us.
+
+        As many as others hear of: the last way to us must not fall off the end.
+        """
+        through = self._addresses[:_MOST_THROUGH_RELAYS]
+        return (*ours[: _MOST_TOLD - len(through)], *through)
 
     async def serve(self, stream: FrameStream) -> None:
         """Serve a stream of the relay's protocol."""

@@ -138,8 +138,7 @@ class Libp2pMesh:
     @property
     def addresses(self) -> tuple[str, ...]:
         """See `Mesh.addresses`."""
-        ours = tuple(str(address) for address in self._host.get_addrs())
-        return (*ours, *self._circuits.addresses)
+        return self._circuits.behind([str(address) for address in self._host.get_addrs()])
 
     def statistics(self) -> MeshStatistics:
         """See `Mesh.statistics`."""
