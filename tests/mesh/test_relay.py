@@ -172,6 +172,29 @@ async def send_for_ever(stream: FrameStream) -> None:
         await stream.send(b"x" * 60_000)
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [b"", b"\xff" * 100, b"\x13/multistream/1.0.0\n\x07/noise\n" + b"\0\x20" + b"x" * 32],
+    ids=["nothing", "garbage", "bad-noise"],
+)
+async def test_garbage_in_a_pipe_harms_nobody(chunk: bytes) -> None:
+    async with hidden_pair() as town:
+        stream = await town.relay.open(town.one.peer_id, RELAY)
+        await stream.send(encode(Incoming(source=town.other.peer_id)))
+        await stream.receive()
+        await stream.send(chunk)
+        await stream.end()
+        with pytest.raises(MeshError), trio.fail_after(8):
+            await receive_for_ever(stream)
+        assert town.one.peers() == {town.relay.peer_id}
+        assert await town.other.dial(town.one.addresses[0]) == town.one.peer_id
+
+
+async def receive_for_ever(stream: FrameStream) -> None:
+    while True:
+        await stream.receive()
+
+
 async def copy(source: FrameStream, sink: FrameStream) -> None:
     while True:
         await sink.send(await source.receive())
