@@ -130,3 +130,9 @@ def start_other(request: pytest.FixtureRequest) -> Starter:
         "start_js" if request.param == "js-libp2p" else "start_py"
     )
     return starter
+
+
+@pytest.fixture
+def start_peer_at() -> Callable[..., AbstractAsyncContextManager[OtherPeer]]:
+    """Any command that takes orders."""
+    return running

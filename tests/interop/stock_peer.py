@@ -1,4 +1,7 @@
-"""A stock py-libp2p peer that does what it is told: one JSON object a line in, one a line out."""
+"""A stock py-libp2p peer that does what it is told: one JSON object a line in, one a line out.
+
+Speaks TCP; WebSocket with the argument /ws.
+"""
 
 from __future__ import annotations
 
@@ -97,11 +100,12 @@ async def hear(subscription) -> None:
 async def main() -> None:
     keys = create_new_key_pair(seed=os.urandom(32))
     noise = Transport(keys, noise_privkey=create_noise_keys().private_key)
-    host = libp2p.new_host(key_pair=keys, sec_opt={PROTOCOL_ID: noise})
+    listen = [Multiaddr("/ip4/127.0.0.1/tcp/0" + "".join(sys.argv[1:]))]
+    host = libp2p.new_host(key_pair=keys, sec_opt={PROTOCOL_ID: noise}, listen_addrs=listen)
     router = GossipSub(["/meshsub/1.1.0"], 6, 4, 12, heartbeat_interval=1)
     pubsub = Pubsub(host, router, strict_signing=True)
     async with (
-        host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]),
+        host.run(listen),
         background_trio_service(pubsub),
         background_trio_service(router),
         trio.open_nursery() as nursery,
