@@ -110,18 +110,19 @@ def js_folder() -> Path:
     return folder
 
 
-Starter = Callable[[], AbstractAsyncContextManager[OtherPeer]]
+Starter = Callable[..., AbstractAsyncContextManager[OtherPeer]]
+"""Takes /ws for a peer that speaks WebSocket."""
 
 
 @pytest.fixture
 def start_js(js_folder: Path) -> Starter:
     polyfill = js_folder / "polyfill.mjs"
-    return lambda: running("node", "--import", polyfill, js_folder / "peer.mjs")
+    return lambda *suffix: running("node", "--import", polyfill, js_folder / "peer.mjs", *suffix)
 
 
 @pytest.fixture
 def start_py() -> Starter:
-    return lambda: running(sys.executable, HERE / "stock_peer.py")
+    return lambda *suffix: running(sys.executable, HERE / "stock_peer.py", *suffix)
 
 
 @pytest.fixture(params=["js-libp2p", "py-libp2p"])
@@ -130,9 +131,3 @@ def start_other(request: pytest.FixtureRequest) -> Starter:
         "start_js" if request.param == "js-libp2p" else "start_py"
     )
     return starter
-
-
-@pytest.fixture
-def start_peer_at() -> Callable[..., AbstractAsyncContextManager[OtherPeer]]:
-    """Any command that takes orders."""
-    return running

@@ -1,10 +1,8 @@
-"""Our WebSockets beside py-libp2p's own."""
+"""Our WebSockets beside those of other makers."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import trio
@@ -16,7 +14,6 @@ from pinaivu_node.mesh.libp2p import open_libp2p_mesh
 from pinaivu_node.protocol.ids import PeerId
 
 ECHO = "/interop/echo/1"
-STOCK = Path(__file__).with_name("stock_peer.py")
 
 
 async def echo(stream) -> None:
@@ -29,11 +26,11 @@ async def echo(stream) -> None:
 
 
 @pytest.mark.parametrize("we_dial", [True, False], ids=["we-dial", "they-dial"])
-async def test_bytes_come_back_over_websockets(start_peer_at, we_dial) -> None:
+async def test_bytes_come_back_over_websockets(start_other, we_dial) -> None:
     config = MeshConfig(listen=("/ip4/127.0.0.1/tcp/0/ws",))
     async with (
         open_libp2p_mesh(config, seed=os.urandom(32)) as mesh,
-        start_peer_at(sys.executable, STOCK, "/ws") as other,
+        start_other("/ws") as other,
     ):
         mesh._host.set_stream_handler(ECHO, echo)
         assert "/ws/" in other.address

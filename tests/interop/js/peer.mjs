@@ -1,4 +1,5 @@
 // A js-libp2p peer that does what it is told: one JSON object a line in, one a line out.
+// Speaks TCP; WebSocket with the argument /ws.
 
 import { createInterface } from 'node:readline'
 import { noise } from '@chainsafe/libp2p-noise'
@@ -6,6 +7,7 @@ import { gossipsub } from '@libp2p/gossipsub'
 import { identify } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
 import { tcp } from '@libp2p/tcp'
+import { webSockets } from '@libp2p/websockets'
 import { yamux } from '@libp2p/yamux'
 import { createLibp2p } from 'libp2p'
 import { multiaddr } from '@multiformats/multiaddr'
@@ -15,8 +17,8 @@ const TOPIC = '/pinaivu/interop/1'
 const tell = (facts) => process.stdout.write(JSON.stringify(facts) + '\n')
 
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: ['/ip4/127.0.0.1/tcp/0' + process.argv.slice(2).join('')] },
+  transports: [tcp(), webSockets()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   services: {

@@ -7,3 +7,4 @@ Promise.withResolvers ??= function () {
 Promise.try ??= function (action, ...args) {
   return new this((resolve) => resolve(action(...args)))
 }
+globalThis.WebSocket ??= (await import('ws')).WebSocket
