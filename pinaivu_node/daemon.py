@@ -258,7 +258,7 @@ def _served(model: InstalledModel, engine: Engine, settings: ProviderSettings) -
 
 def _bench(settings: ProviderSettings, name: str) -> ServedModel:
     return ServedModel(
-        engine=SyntheticEngine(tokens_per_second=200, ttft_ms=5, capacity=1024),
+        engine=SyntheticEngine(tokens_per_second=400, ttft_ms=5, capacity=1024),
         model=_model_name(name),
         digest=digest_of(b"pinaivu/bench/1"),
         prices=_prices(settings),

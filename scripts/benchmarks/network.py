@@ -70,8 +70,8 @@ def _overhead() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "ready_seconds": round(seconds_to_ready, 2),
     }
     return result, [
-        _target("added to TTFT, p50", result["overhead_ms_p50"], 15, "ms"),
-        _target("added to TTFT, p99", result["overhead_ms_p99"], 60, "ms"),
+        _target("added to TTFT, p50", result["overhead_ms_p50"], 10, "ms"),
+        _target("added to TTFT, p99", result["overhead_ms_p99"], 40, "ms"),
         _target("devnet ready", result["ready_seconds"], 15, "s"),
     ]
 
@@ -127,7 +127,7 @@ def _relay() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     return result, [
         _target(
-            "relayed by one gateway", result["tokens_per_second"], 5000, "tokens/s", at_least=True
+            "relayed by one gateway", result["tokens_per_second"], 15000, "tokens/s", at_least=True
         ),
         {
             "figure": "of a plain trio HTTP server",
