@@ -13,7 +13,7 @@ import trio
 
 from pinaivu_gateway.failover import Failure
 from pinaivu_gateway.jobs import JobEvent, JobFinished, TextDelta
-from pinaivu_gateway.segment import Segment
+from pinaivu_gateway.segment import WELL_ENDED, Segment
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import RequestId
 from pinaivu_node.protocol.inference import (
@@ -27,12 +27,43 @@ from pinaivu_node.protocol.inference import (
     ToolCallDelta,
 )
 from pinaivu_node.protocol.market import SegmentOutcome, Voucher
+from pinaivu_node.protocol.money import cost
 
 MAX_UNREAD_CHARACTERS: Final = 1 << 20
 """Text that waits for one client: about a quarter of a million tokens, longer than most answers."""
-_WELL_ENDED: Final = (Finish.STOP, Finish.LENGTH, Finish.TOOL_CALLS)
 _ALTERNATIVE: Final = 32
 """Characters that an alternative or a piece of a call weighs beside its own."""
+
+
+class _Unread:
+    """What came of one answer and was not taken yet."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.calls: list[ToolCallDelta] = []
+        self.finish: Finish | None = None
+
+    def add(self, delta: TokenDelta) -> None:
+        self.ids.extend(delta.token_ids)
+        if delta.text:
+            self.texts.append(delta.text)
+        if delta.logprobs:
+            self.logprobs.extend(delta.logprobs)
+        if delta.tool_calls:
+            self.calls.extend(delta.tool_calls)
+        self.finish = delta.finish
+
+    def event(self, index: int) -> TextDelta:
+        return TextDelta(
+            "".join(self.texts),
+            tuple(self.ids),
+            tuple(self.logprobs),
+            tuple(self.calls),
+            index,
+            self.finish,
+        )
 
 
 class Attempt:
@@ -43,11 +74,8 @@ class Attempt:
         self.failure: Failure | None = None
         self.finished: JobFinished | None = None
         self.is_accepted = False
-        self._texts: list[str] = []
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._calls: list[ToolCallDelta] = []
-        self._unread = 0
+        self._unread: dict[int, _Unread] = {}
+        self._unread_size = 0
         self._changed = trio.Event()
 
     @property
@@ -120,15 +148,10 @@ class Attempt:
         if not self.is_accepted:
             raise RemoteProtocolError("tokens before the Accept")
         self.segment.take_untrusted(delta, now=now)
-        self._ids.extend(delta.token_ids)
-        if delta.text:
-            self._texts.append(delta.text)
-        if delta.logprobs:
-            self._logprobs.extend(delta.logprobs)
-        if delta.tool_calls:
-            self._calls.extend(delta.tool_calls)
-        self._unread += _weight_of(delta)
-        if self._unread > MAX_UNREAD_CHARACTERS:
+        if delta.token_ids or delta.text or delta.tool_calls or delta.finish:
+            self._unread.setdefault(delta.index, _Unread()).add(delta)
+        self._unread_size += _weight_of(delta)
+        if self._unread_size > MAX_UNREAD_CHARACTERS:
             self.fail(SegmentOutcome.CANCELLED, "the client does not read its answer")
         self._changed.set()
         return self.segment.voucher_due()
@@ -137,8 +160,12 @@ class Attempt:
         if not self.is_accepted:
             raise RemoteProtocolError("a Done before the Accept")
         usage = self.segment.finish_untrusted(done)
-        if done.finish in _WELL_ENDED:
-            self.finished = JobFinished(done.finish, usage)
+        if done.finish in WELL_ENDED:
+            if not self.segment.is_whole:
+                raise RemoteProtocolError("a Done before all answers have ended")
+            token = self.segment.assignment.token
+            amount = cost(usage, token.prices, uplift_ppm=token.uplift_ppm)
+            self.finished = JobFinished(done.finish, usage, amount)
             self._changed.set()
             return
         outcome = SegmentOutcome.ERROR
@@ -164,27 +191,21 @@ class Attempt:
             await self._wait()
 
     def take(self) -> JobEvent | None:
-        """All that lies here, as one event; None if there is nothing, or nothing more."""
-        if self._has_something:
-            event = TextDelta(
-                "".join(self._texts), tuple(self._ids), tuple(self._logprobs), tuple(self._calls)
-            )
-            for each in (self._texts, self._ids, self._logprobs, self._calls):
-                each.clear()
-            self._unread = 0
-            return event
-        return self.finished
+        """All that lies here of one answer, as one event; None if there is nothing (more)."""
+        if not self._unread:
+            return self.finished
+        index = next(iter(self._unread))
+        event = self._unread.pop(index).event(index)
+        if not self._unread:
+            self._unread_size = 0
+        return event
 
     async def wait_changed(self) -> None:
         """Return when `take` or `is_over` may say something new; at once if there is something."""
-        if self._has_something or self.is_over:
+        if self._unread or self.is_over:
             await trio.lowlevel.checkpoint()
             return
         await self._wait()
-
-    @property
-    def _has_something(self) -> bool:
-        return bool(self._ids or self._texts or self._calls)
 
     async def _wait(self) -> None:
         # Whoever waits has just looked at the state, and nothing runs between the two.

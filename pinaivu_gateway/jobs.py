@@ -20,7 +20,7 @@ from pinaivu_node.protocol.ids import (
 )
 from pinaivu_node.protocol.inference import Finish, Prompt, Sampling, TokenLogprob, ToolCallDelta
 from pinaivu_node.protocol.market import JobKind, ModelOffer, Preference
-from pinaivu_node.protocol.money import PriceList, TokenUsage
+from pinaivu_node.protocol.money import NOTHING, PriceList, TokenUsage
 from pinaivu_node.protocol.receipt import ReceiptReply
 from pinaivu_node.protocol.signing import Envelope
 
@@ -59,6 +59,10 @@ class TextDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token id, if they were asked for."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    index: int = 0
+    """Which of the answers, if several were asked for."""
+    finish: Finish | None = None
+    """Of one of several answers, with the last of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class JobFinished:
 
     finish: Finish
     usage: TokenUsage
+    cost: NanoX = NOTHING
+    """By our own count; the receipt takes the smaller of two."""
 
 
 JobEvent = TextDelta | JobFinished

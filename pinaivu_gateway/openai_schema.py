@@ -24,10 +24,16 @@ from pinaivu_gateway.openai_struct import Struct, without_halves
 from pinaivu_gateway.response_format import ResponseFormat
 from pinaivu_gateway.tools import CallId, Choice, MessageCalls, Tools
 from pinaivu_node.protocol.ids import PeerIdField, TokenId, is_model_name
-from pinaivu_node.protocol.inference import MAX_ALTERNATIVES, MAX_PROMPT_CHARACTERS
+from pinaivu_node.protocol.inference import (
+    MAX_ALTERNATIVES,
+    MAX_ANSWERS,
+    MAX_PROMPT_CHARACTERS,
+)
 
 MAX_MESSAGES: Final = 4096
 """As many turns as a prompt may have on the wire."""
+MAX_PROMPTS: Final = 32
+"""Of one raw completion: each is a job, with an auction and a receipt of its own."""
 MAX_PEERS: Final = 1024
 MAX_PROMPT_TOKENS: Final = 1 << 17
 
@@ -159,7 +165,7 @@ class _Generation(Struct):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
     user: Label | None = None
     provider: ProviderPreferences = ProviderPreferences()
     # Extras of other servers that our engines know as well.
@@ -210,11 +216,14 @@ class CompletionRequest(_Generation):
 
     prompt: Annotated[
         Annotated[Text, Tag("~text")]
-        | Annotated[list[Text], Field(min_length=1), Tag("~texts")]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("~texts")]
         | Annotated[TokenIds, Tag("~ids")]
-        | Annotated[list[TokenIds], Field(min_length=1), Tag("~lists")],
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("~lists")],
         Discriminator(_prompt_shape),
     ]
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
 
 
 R = TypeVar("R", bound=_Generation)
@@ -236,15 +245,12 @@ _NOT_OFFERED: Final[Mapping[str, Callable[[Any], bool]]] = {
     "echo": lambda value: value is False,
     "suffix": lambda value: value == "",
     "best_of": lambda value: value == 1,
-    "n": lambda value: value == 1,
-    # False for chats, and absent for completions, where 0 already asks for the chosen token's.
-    "logprobs": lambda value: value is False,
 }
 _OFFERED: Final[Mapping[type[_Generation], frozenset[str]]] = {
-    ChatRequest: frozenset({"response_format", "logprobs", "top_logprobs", "tools", "tool_choice"}),
-    CompletionRequest: frozenset(),
+    ChatRequest: frozenset({"response_format", "top_logprobs", "tools", "tool_choice"}),
+    CompletionRequest: frozenset({"echo", "best_of"}),
 }
-_WITH_OTHER_VALUES: Final = frozenset({"n", "response_format", "modalities", "best_of"})
+_WITH_OTHER_VALUES: Final = frozenset({"response_format", "modalities", "best_of"})
 """Parameters that are understood, though not with that value."""
 
 
@@ -266,6 +272,8 @@ def parse_untrusted(body: bytes, kind: type[R]) -> R:
             code="invalid_value",
             param="top_logprobs",
         )
+    if isinstance(request, CompletionRequest):
+        _refuse_what_completions_cannot(request)
     if request.stream_options is not None and not request.stream:
         raise refusal(
             "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
@@ -275,6 +283,30 @@ def parse_untrusted(body: bytes, kind: type[R]) -> R:
     if not is_model_name(request.model):
         raise RequestRefused(unknown_model(request.model))
     return request
+
+
+def _refuse_what_completions_cannot(request: CompletionRequest) -> None:
+    if request.best_of not in (None, request.n):
+        raise refusal(
+            "Unsupported value: 'best_of' must be equal to 'n': every answer that is paid for is "
+            "given, and none is chosen for you.",
+            code="unsupported_value",
+            param="best_of",
+        )
+    first = request.prompt[0] if isinstance(request.prompt, list) else request.prompt
+    if request.echo and not isinstance(first, str):
+        raise refusal(
+            "Unsupported value: 'echo' needs a prompt of text; the gateway has no tokenizer.",
+            code="unsupported_value",
+            param="echo",
+        )
+    if request.echo and request.logprobs is not None:
+        raise refusal(
+            "Unsupported value: 'echo' cannot be combined with 'logprobs': the engine reports "
+            "those of the answer only.",
+            code="unsupported_value",
+            param="echo",
+        )
 
 
 def _json_untrusted(body: bytes) -> Any:

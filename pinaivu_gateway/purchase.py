@@ -188,6 +188,7 @@ class Purchase:
             gateway=buyer.gateway,
             input_estimate=self.order.input_estimate,
             now=trio.current_time(),
+            answers=self.order.sampling.n,
         )
         attempt = Attempt(segment)
         self._attempts.append((attempt, link, None))

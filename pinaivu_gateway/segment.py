@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Final
 
 from pinaivu_gateway.awards import Assignment
-from pinaivu_node.protocol.answer import AnswerHash
+from pinaivu_node.protocol.answer import AnswersHash
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import Digest, Milliseconds, PeerId
-from pinaivu_node.protocol.inference import Done, TokenDelta, ToolCallDelta
+from pinaivu_node.protocol.inference import Done, Finish, TokenDelta, ToolCallDelta
 from pinaivu_node.protocol.market import Proof, SegmentOutcome, SegmentReport, Voucher
 from pinaivu_node.protocol.money import ZERO_USAGE, TokenUsage
 from pinaivu_node.protocol.signing import open_untrusted
@@ -21,6 +21,7 @@ VOUCHER_STEP: Final = 128
 tokens is all that either side can lose.  Providers stop at four times as many."""
 _LONGEST_TOKEN: Final = 1024
 """Bytes of text per token, on average over an answer: the longest of any vocabulary known."""
+WELL_ENDED: Final = (Finish.STOP, Finish.LENGTH, Finish.TOOL_CALLS)
 
 
 class Segment:
@@ -34,6 +35,7 @@ class Segment:
         input_estimate: int,
         now: float,
         position: int = 0,
+        answers: int = 1,
     ) -> None:
         """`position`: output tokens that other providers delivered before."""
         self.assignment: Final = assignment
@@ -44,7 +46,10 @@ class Segment:
         self._started_at: Final = now
         self._first_at: float | None = None
         self._vouched = 0
-        self._answer = AnswerHash()
+        self._answers: Final = answers
+        self._unfinished = set(range(answers)) if answers > 1 else set()
+        """Of several answers, those that have not said how they ended."""
+        self._answer = AnswersHash(answers)
         self._bytes = 0
         self._proven: TokenUsage | None = None
 
@@ -63,8 +68,14 @@ class Segment:
         """Whether there was a token."""
         return self._first_at is not None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no one of several answers is without its end."""
+        return not self._unfinished
+
     def take_untrusted(self, delta: TokenDelta, *, now: float) -> None:
         """Count what a frame brought.  RemoteProtocolError: a gap, a repeat, or too much."""
+        self._check_answer_untrusted(delta)
         expected = self._start + self.output_tokens
         if delta.position != expected:
             raise RemoteProtocolError(f"tokens at {delta.position}, not at {expected}")
@@ -78,11 +89,22 @@ class Segment:
         if self._bytes > _LONGEST_TOKEN * max(1, total):
             raise RemoteProtocolError("more text than so few tokens can stand for")
         self.output_tokens = total
-        self._answer.add_text(text)
+        answer = self._answer[delta.index]
+        answer.add_text(text)
         for call in delta.tool_calls:
-            self._answer.add_call(call)
+            answer.add_call(call)
+        if delta.finish is not None:
+            self._unfinished.discard(delta.index)
         if self._first_at is None and delta.token_ids:
             self._first_at = now
+
+    def _check_answer_untrusted(self, delta: TokenDelta) -> None:
+        if delta.index >= self._answers:
+            raise RemoteProtocolError(f"answer {delta.index} of {self._answers}")
+        if self._answers > 1 and delta.index not in self._unfinished:
+            raise RemoteProtocolError("more of an answer that had ended")
+        if delta.finish is not None and (self._answers == 1 or delta.finish not in WELL_ENDED):
+            raise RemoteProtocolError(f"an answer that ends with {delta.finish.value} by itself")
 
     def voucher_due(self) -> Voucher | None:
         """A voucher for everything so far, if a step was passed since the last."""

@@ -28,12 +28,15 @@ def event(value: object) -> bytes:
 
 
 class ChunkTemplate:
-    """The chunks of one stream.
+    """The chunks of one choice of a stream.
 
     `head` holds the fields before `choices` (id, object, created, model, …).
     """
 
-    def __init__(self, head: dict[str, Any], *, chat: bool, include_usage: bool) -> None:
+    def __init__(
+        self, head: dict[str, Any], *, chat: bool, include_usage: bool, index: int = 0
+    ) -> None:
+        self._index: Final = index
         self._head: Final = _encode(head)[:-1]
         self._is_chat: Final = chat
         # Asked for usage, a client gets the key in every chunk; not asked, it never sees it, nor
@@ -41,7 +44,7 @@ class ChunkTemplate:
         self._usage: Final = ',"usage":null' if include_usage else ""
         opening = '"delta":{"content":' if chat else '"text":'
         closing = "}" if chat else ""
-        self._before: Final = f'data: {self._head},"choices":[{{"index":0,{opening}'.encode(
+        self._before: Final = f'data: {self._head},"choices":[{{"index":{index},{opening}'.encode(
             "utf-8", "replace"
         )
         self._closing: Final = f'{closing},"logprobs":'.encode()
@@ -65,16 +68,18 @@ class ChunkTemplate:
         """A chunk with more of a chat's tool calls."""
         return self._chunk(f'"delta":{{"tool_calls":{_encode(deltas)}}}', "null")
 
-    def finish(self, reason: str, usage: dict[str, Any]) -> bytes:
-        """The end of the stream: why, how much if that was asked for, and [DONE]."""
-        last = '"delta":{}' if self._is_chat else '"text":""'
-        chunks = self._chunk(last, _encode(reason))
-        if self._usage:
-            counted = f'data: {self._head},"choices":[],"usage":{_encode(usage)}}}\n\n'
-            chunks += counted.encode("utf-8", "replace")
-        return chunks + DONE
+    def finish(self, reason: str) -> bytes:
+        """The end of the choice, and why."""
+        return self._chunk('"delta":{}' if self._is_chat else '"text":""', _encode(reason))
+
+    def end(self, usage: dict[str, Any]) -> bytes:
+        """The end of the stream: how much, if that was asked for, and [DONE]."""
+        if not self._usage:
+            return DONE
+        counted = f'data: {self._head},"choices":[],"usage":{_encode(usage)}}}\n\n'
+        return counted.encode("utf-8", "replace") + DONE
 
     def _chunk(self, content: str, reason: str) -> bytes:
-        choice = f'{{"index":0,{content},"logprobs":null,"finish_reason":{reason}}}'
+        choice = f'{{"index":{self._index},{content},"logprobs":null,"finish_reason":{reason}}}'
         chunk = f'data: {self._head},"choices":[{choice}]{self._usage}}}\n\n'
         return chunk.encode("utf-8", "replace")

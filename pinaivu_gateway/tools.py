@@ -173,8 +173,10 @@ def most_tokens_of_calls(calls: Iterable[ToolCall]) -> int:
 class CallsSaid:
     """The calls of one answer, from their pieces."""
 
-    def __init__(self, request_id: RequestId) -> None:
-        self._request = request_id.removeprefix("req_")
+    def __init__(self, request_id: RequestId, *, choice: int = 0) -> None:
+        self._prefix = f"call_{request_id.removeprefix('req_')}_"
+        if choice:
+            self._prefix += f"{choice}_"
         self._calls: dict[int, dict[str, Any]] = {}
 
     def deltas(self, pieces: Iterable[ToolCallDelta]) -> list[dict[str, Any]]:
@@ -186,7 +188,7 @@ class CallsSaid:
             function = {"arguments": piece.arguments}
             if call is None:
                 name = piece.name or ""
-                call_id = piece.id or f"call_{self._request}_{piece.index}"
+                call_id = piece.id or f"{self._prefix}{piece.index}"
                 named = {"name": name, "arguments": ""}
                 call = {"id": call_id, "type": "function", "function": named}
                 self._calls[piece.index] = call

@@ -1,11 +1,11 @@
-"""OpenAI's requests to orders for the market, and the market's answers to OpenAI's objects."""
+"""OpenAI's requests to orders for the market."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
-from typing import Any, Final
+from typing import Final
 
 from pinaivu_gateway.errors import refusal
 from pinaivu_gateway.jobs import JobOrder, ProviderView
@@ -22,7 +22,6 @@ from pinaivu_gateway.tools import most_tokens_of_calls, most_tokens_of_tools, wi
 from pinaivu_node.models.variants import pinned_digest
 from pinaivu_node.protocol.ids import (
     MAX_SAFE_INTEGER,
-    Digest,
     Milliseconds,
     ModelName,
     NanoX,
@@ -31,13 +30,12 @@ from pinaivu_node.protocol.ids import (
 from pinaivu_node.protocol.inference import (
     MAX_PROMPT_CHARACTERS,
     ChatTurn,
-    Finish,
     Prompt,
     Sampling,
     ToolUse,
 )
 from pinaivu_node.protocol.market import JobKind, Preference
-from pinaivu_node.protocol.money import PriceList, TokenUsage
+from pinaivu_node.protocol.money import PriceList
 
 TOKENS_PER_MESSAGE: Final = 32
 """A template's marks around a message; a few tokens in every template known."""
@@ -48,12 +46,8 @@ SHORT_ANSWER: Final = 256
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's, for raw completions."""
 NANO_X_PER_X: Final = 10**9
-FINISH_REASONS: Final = {
-    Finish.STOP: "stop",
-    Finish.LENGTH: "length",
-    Finish.TOOL_CALLS: "tool_calls",
-}
-"""Other ends are failures, which OpenAI's clients know no reason for."""
+_MOST_TOKENS: Final = 1_000_000
+"""Of all answers to a prompt: the wire's own bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +151,24 @@ def chat_order(
     )
 
 
-def completion_order(request: CompletionRequest, chance: Chance, limits: Limits) -> JobOrder:
-    """The order for a raw completion: one prompt, text or token ids."""
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a raw completion, each text or token ids, each to be a job of its own."""
     match request.prompt:
         case str() as text:
-            return _text_order(request, text, chance, limits)
-        case [str() as text]:
-            return _text_order(request, text, chance, limits)
+            return [text]
         case [int(), *_] as ids:
-            return _ids_order(request, ids, chance, limits)
-        case [[int(), *_] as ids]:
-            return _ids_order(request, ids, chance, limits)
-        case _:
-            raise refusal(
-                "Only one prompt per request is supported by this network yet.",
-                code="unsupported_value",
-                param="prompt",
-            )
+            return [[token for token in ids if isinstance(token, int)]]
+        case prompts:
+            return [prompt for prompt in prompts if not isinstance(prompt, int)]
+
+
+def completion_order(
+    request: CompletionRequest, prompt: str | Sequence[int], chance: Chance, limits: Limits
+) -> JobOrder:
+    """The order for one prompt of a raw completion."""
+    if isinstance(prompt, str):
+        return _text_order(request, prompt, chance, limits)
+    return _ids_order(request, prompt, chance, limits)
 
 
 def _text_order(request: CompletionRequest, text: str, chance: Chance, limits: Limits) -> JobOrder:
@@ -191,7 +186,7 @@ def _text_order(request: CompletionRequest, text: str, chance: Chance, limits: L
 
 
 def _ids_order(
-    request: CompletionRequest, ids: Sequence[Any], chance: Chance, limits: Limits
+    request: CompletionRequest, ids: Sequence[int], chance: Chance, limits: Limits
 ) -> JobOrder:
     prompt = Prompt(nonce=chance.nonce, token_ids=tuple(ids))
     return _order(
@@ -223,18 +218,19 @@ def _order(
     input_limit: int,
     input_estimate: int,
 ) -> JobOrder:
-    output_limit = _output_limit(request, limits, input_estimate)
+    each = _output_limit(request, limits, input_estimate)
+    output_limit = request.n * each
     wishes = request.provider
     return JobOrder(
         request_id=chance.request_id,
         kind=JobKind.CHAT if isinstance(request, ChatRequest) else JobKind.COMPLETION,
         model=ModelName(request.model),
         prompt=prompt,
-        sampling=_sampling(request, output_limit, chance.seed),
+        sampling=_sampling(request, each, chance.seed),
         input_limit=input_limit,
         input_estimate=input_estimate,
         output_limit=output_limit,
-        output_estimate=min(output_limit, SHORT_ANSWER),
+        output_estimate=request.n * min(each, SHORT_ANSWER),
         deadline_in=limits.deadline_in,
         preference=Preference(wishes.sort),
         max_prices=price_ceiling(wishes.max_price) if wishes.max_price else None,
@@ -255,9 +251,10 @@ def _output_limit(
     else:
         asked = request.max_tokens or DEFAULT_COMPLETION_TOKENS
     if limits.context_window is None:
-        return min(asked, 1_000_000)  # the wire's own bound; the engine stops at the window anyway
+        return min(asked, _MOST_TOKENS // request.n)  # the engine stops at the window anyway
     # Many clients ask for the whole window, which no provider could sell beside the prompt.
-    return min(asked, max(1, limits.context_window - input_estimate))
+    most = min(limits.context_window - input_estimate, _MOST_TOKENS // request.n)
+    return min(asked, max(1, most))
 
 
 def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed: int) -> Sampling:
@@ -275,6 +272,7 @@ def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed:
         stop=stop,
         seed=seed if request.seed is None else request.seed,
         ignore_eos=request.ignore_eos,
+        n=request.n,
         logprobs=_logprobs(request),
         constraint=(
             constraint_of(request.response_format) if isinstance(request, ChatRequest) else None
@@ -283,9 +281,9 @@ def _sampling(request: ChatRequest | CompletionRequest, output_limit: int, seed:
 
 
 def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
-    if isinstance(request, ChatRequest) and request.logprobs:
-        return request.top_logprobs
-    return None
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    return request.top_logprobs if request.logprobs else None
 
 
 def price_ceiling(wish: MaxPrice) -> PriceList:
@@ -303,71 +301,6 @@ def price_ceiling(wish: MaxPrice) -> PriceList:
         for amount in (wish.prompt, wish.completion)
     )
     return PriceList(input=prompt, cached_input=prompt, output=completion)
-
-
-# --- answers --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What all objects of one answer share."""
-
-    request_id: RequestId
-    model: str
-    created: int
-    is_chat: bool
-    model_digest: Digest
-
-    def head(self, *, chunk: bool) -> dict[str, Any]:
-        """The fields before `choices`."""
-        name = "chat.completion" if self.is_chat else "text_completion"
-        prefix = "chatcmpl-" if self.is_chat else "cmpl-"
-        return {
-            "id": prefix + self.request_id.removeprefix("req_"),
-            "object": name + (".chunk" if chunk and self.is_chat else ""),
-            "created": self.created,
-            "model": self.model,
-            "service_tier": "default",
-            # The digest is all that is known of what ran; the same weights give the same name.
-            "system_fingerprint": "fp_" + self.model_digest.removeprefix("sha256:")[:12],
-            "request_id": self.request_id,
-        }
-
-    def whole(
-        self,
-        text: str,
-        finish: str,
-        usage: TokenUsage,
-        *,
-        logprobs: dict[str, Any] | None = None,
-        calls: Sequence[dict[str, Any]] = (),
-    ) -> dict[str, Any]:
-        """An answer that was not streamed."""
-        said: dict[str, Any] = {"text": text}
-        if self.is_chat:
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            if calls:
-                # Without calls the key is absent: clients take its presence for a call.
-                message |= {"content": text or None, "tool_calls": calls}
-            said = {"message": message}
-        choice = {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
-        return {**self.head(chunk=False), "choices": [choice], "usage": usage_of(usage)}
-
-
-def usage_of(usage: TokenUsage) -> dict[str, Any]:
-    """OpenAI's usage object: warm prompt tokens are part of the prompt."""
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.output,
-        "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_input, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": 0,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
-    }
 
 
 def context_window_of(providers: Sequence[ProviderView], model: str) -> int | None:

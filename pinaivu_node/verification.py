@@ -13,7 +13,7 @@ from enum import Enum
 from pinaivu_node.coordinator.auction import AuctionResult, decide, open_bid_set_untrusted
 from pinaivu_node.coordinator.job import hold_for
 from pinaivu_node.coordinator.settlement import vouchered_output
-from pinaivu_node.protocol.answer import digest_of_answer
+from pinaivu_node.protocol.answer import digest_of_answers
 from pinaivu_node.protocol.errors import RemoteProtocolError
 from pinaivu_node.protocol.ids import MILLION, Digest, PeerId, RequestId, digest_of
 from pinaivu_node.protocol.inference import ToolCall
@@ -60,10 +60,10 @@ class Expectation:
 
     request_id: RequestId | None = None
     coordinator: PeerId | None = None
-    answer: str | None = None
-    """The text that the client received."""
+    answers: tuple[str, ...] = ()
+    """The text that the client received; all of them, in their order, if it asked for several."""
     calls: tuple[ToolCall, ...] = ()
-    """The tool calls that it received beside the text."""
+    """The tool calls that it received beside the text of the first."""
 
 
 def verify(evidence: Evidence, expectation: Expectation) -> Iterator[Check]:
@@ -207,8 +207,10 @@ def _answer(
     if delivery is not None:
         same = delivery.output_hash == receipt.output_hash
         yield _holds("output hash", same, "the gateway delivered what the receipt names")
-    if expectation.answer is not None:
-        same = digest_of_answer(expectation.answer, expectation.calls) == receipt.output_hash
+    if expectation.answers:
+        first, *others = expectation.answers
+        said = [(first, expectation.calls), *((text, ()) for text in others)]
+        same = digest_of_answers(said) == receipt.output_hash
         yield _holds("answer", same, "the text you hold, by its hash")
 
 

@@ -34,7 +34,11 @@ def verify(
         typer.Option(help="The PeerID that you trust to have signed it.", show_default=False),
     ] = None,
     answer: Annotated[
-        Path | None, typer.Option(help="The text you received.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="The text you received; of several answers (n) repeat it, in their order.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +51,7 @@ def verify(
     expectation = Expectation(
         request_id=request_id_in(subject),
         coordinator=PeerId(coordinator) if coordinator else None,
-        answer=answer.read_text() if answer else None,
+        answers=tuple(path.read_text() for path in answer or ()),
     )
     checks = list(checks_of(evidence, expectation))
     if as_json:

@@ -24,6 +24,8 @@ MAX_TOOLS: Final = 128
 """Tools of a request, and calls of a turn; as many as OpenAI takes."""
 MAX_ALTERNATIVES: Final = 20
 """Beside each token; as many as OpenAI gives."""
+MAX_ANSWERS: Final = 128
+"""To one prompt; as many as OpenAI gives."""
 LEAST_LOGPROB: Final = -9999.0
 """What stands for the logarithm of nothing, as in OpenAI's answers."""
 
@@ -79,6 +81,14 @@ class ToolChoice(StrEnum):
 def _is_unset(value: object) -> bool:
     """Whether an option has its default, which is not sent: most requests have none of them."""
     return not value and value != 0
+
+
+def _is_one(value: object) -> bool:
+    return value == 1
+
+
+def _is_zero(value: object) -> bool:
+    return value == 0
 
 
 ToolName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -180,6 +190,8 @@ class Sampling(Record):
         Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None, Field(exclude_if=_is_unset)
     ] = None
     """Alternatives to report beside each chosen token; None reports no logprobs."""
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS, exclude_if=_is_one)] = 1
+    """Answers to the one prompt, each of up to `max_tokens`."""
     constraint: Annotated[Constraint | None, Field(exclude_if=_is_unset)] = None
     """Here because it decides which tokens may be chosen, so that the digest covers it."""
 
@@ -249,7 +261,7 @@ class TokenDelta(Record):
 
     request_id: RequestIdField
     position: TokenCount
-    """Output tokens before these."""
+    """Output tokens before these, of all answers."""
     token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True, max_length=4096)]
     text: Annotated[str, Field(max_length=65536)]
     logprobs: Annotated[
@@ -259,6 +271,11 @@ class TokenDelta(Record):
     tool_calls: Annotated[
         tuple[ToolCallDelta, ...], Field(fail_fast=True, max_length=4096, exclude_if=_is_unset)
     ] = ()
+    index: Annotated[int, Field(ge=0, lt=MAX_ANSWERS, exclude_if=_is_zero)] = 0
+    """Which of the request's answers."""
+    finish: Annotated[Word[Finish] | None, Field(exclude_if=_is_unset)] = None
+    """Of one of several answers, said with the last of it; what a single answer ended with is in
+    its Done."""
 
 
 class Tokens(Message, kind="tokens/1"):

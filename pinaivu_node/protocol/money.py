@@ -48,11 +48,20 @@ class TokenUsage(Record):
         """All prompt tokens, warm or not."""
         return self.input + self.cached_input
 
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        """Both together."""
+        return TokenUsage(
+            input=self.input + other.input,
+            cached_input=self.cached_input + other.cached_input,
+            output=self.output + other.output,
+        )
+
 
 ZERO_USAGE: Final = TokenUsage(input=0, cached_input=0, output=0)
 
 
 NO_UPLIFT: Final = PartsPerMillion(0)
+NOTHING: Final = NanoX(0)
 
 
 def cost(usage: TokenUsage, prices: PriceList, *, uplift_ppm: PartsPerMillion = NO_UPLIFT) -> NanoX:

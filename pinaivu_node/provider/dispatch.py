@@ -131,11 +131,14 @@ def _fault_of_model(token: DispatchToken, door: Doorkeeper) -> _Fault | None:
 
 def _fault_of_size(token: DispatchToken, dispatch: Dispatch, door: Doorkeeper) -> _Fault | None:
     sampling = dispatch.sampling
-    if sampling.max_tokens > token.output_limit:
+    most = sampling.n * sampling.max_tokens
+    if most > token.output_limit:
         return (
             RefuseReason.OVER_LIMITS,
-            f"max_tokens {sampling.max_tokens} is over the limit of {token.output_limit}",
+            f"max_tokens {most} is over the limit of {token.output_limit}",
         )
+    if dispatch.resume_token_ids and sampling.n > 1:
+        return RefuseReason.OVER_LIMITS, "several answers cannot be gone on from"
     if dispatch.resume_token_ids and token.rank == 0:
         # Nobody served before the winner; what a gateway adds here it would not pay as a prompt.
         return RefuseReason.OVER_LIMITS, "the winner has nothing to go on from"

@@ -35,7 +35,6 @@ from pinaivu_node.provider.jobs import (
     CANCELLED,
     Ending,
     Job,
-    ending_of,
     failed,
     over_limits,
     stalled,
@@ -207,9 +206,14 @@ class GatewayStream:
                     f"over_limits: {event.input_tokens} prompt tokens, "
                     f"{job.token.input_limit} were auctioned"
                 )
-            if event.token_ids or event.text or event.tool_calls:
+            if (
+                event.token_ids
+                or event.text
+                or event.tool_calls
+                or _ends_one_of_several(job, event)
+            ):
                 self._send_tokens(job, event)
-            ending = ending_of(event)
+            ending = job.ending_after(event)
             if ending is not None:
                 return ending
             if job.unvouched > limit:
@@ -262,6 +266,10 @@ class GatewayStream:
         except MeshError as exc:
             self._failure = self._failure or exc
             self._scope.cancel()
+
+
+def _ends_one_of_several(job: Job, event: TokenEvent) -> bool:
+    return job.answers > 1 and event.finish_reason is not None
 
 
 def _reason_of(error: EngineError) -> RefuseReason:

@@ -18,7 +18,7 @@ from pinaivu_node.engine.types import (
     SamplingParams,
     TokenEvent,
 )
-from pinaivu_node.protocol.answer import AnswerHash
+from pinaivu_node.protocol.answer import AnswersHash
 from pinaivu_node.protocol.ids import Milliseconds, PeerId, RequestId
 from pinaivu_node.protocol.inference import (
     ChatTurn,
@@ -102,7 +102,9 @@ class Job:
         self.started_at = now
         self._token_digest = dispatch.token.digest
         self._first_at: float | None = None
-        self._answer = AnswerHash()
+        self.answers = dispatch.sampling.n
+        self._answer = AnswersHash(self.answers)
+        self._unfinished = self.answers
         self._voucher: Envelope | None = None
         self._vouched = 0
 
@@ -131,13 +133,27 @@ class Job:
         if self._first_at is None and event.token_ids:
             self._first_at = now
 
-    def sent(self, tokens: int, text: bytes, calls: Iterable[ToolCallDelta] = ()) -> None:
+    def ending_after(self, event: TokenEvent) -> Ending | None:
+        """How the job ended with this event; None while one of its answers goes on.
+
+        Of several answers that end well it is the last one's end: each says its own.
+        """
+        ending = ending_of(event)
+        if ending is None or ending.outcome is not SegmentOutcome.COMPLETED:
+            return ending
+        self._unfinished -= 1
+        return None if self._unfinished else ending
+
+    def sent(
+        self, tokens: int, text: bytes, calls: Iterable[ToolCallDelta] = (), *, index: int = 0
+    ) -> None:
         """Count what is handed to the gateway's stream now."""
         self.output_tokens += tokens
         self.position += tokens
-        self._answer.add_text(text)
+        answer = self._answer[index]
+        answer.add_text(text)
         for call in calls:
-            self._answer.add_call(call)
+            answer.add_call(call)
 
     def vouched(self, envelope: Envelope, tokens: int) -> None:
         """Keep the best voucher; its signature has been checked.
@@ -209,6 +225,7 @@ def _engine_sampling(sampling: Sampling) -> SamplingParams:
         stop_token_ids=sampling.stop_token_ids,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
+        n=sampling.n,
         ignore_eos=sampling.ignore_eos,
     )
 

@@ -33,7 +33,7 @@ class Outbound:
         """`seal` makes the last word on a job; it is called when all its tokens have left."""
         self._seal = seal
         self._openers: list[Accept | Refuse] = []
-        self._tokens: dict[RequestId, tuple[Job, Pile]] = {}
+        self._tokens: dict[tuple[RequestId, int], tuple[Job, Pile]] = {}
         self._endings: deque[tuple[Job, Ending]] = deque()
         self.waiting_bytes = 0
         """About how long the tokens that wait will be on the wire."""
@@ -52,9 +52,10 @@ class Outbound:
 
     def add(self, job: Job, event: TokenEvent) -> None:
         """Send what this event brought an accepted job."""
-        waiting = self._tokens.get(job.request_id)
+        waiting = self._tokens.get((job.request_id, event.index))
         if waiting is None:
-            self._tokens[job.request_id] = waiting = (job, Pile())
+            pile = Pile(event.index, says_finish=job.answers > 1)
+            self._tokens[job.request_id, event.index] = waiting = (job, pile)
             self.waiting_bytes += waiting[1].size
         pile = waiting[1]
         self.waiting_bytes -= pile.size
@@ -67,9 +68,10 @@ class Outbound:
 
     def drop_tokens(self, job: Job) -> None:
         """Forget what was added for this job and has not left: nobody wants it any more."""
-        waiting = self._tokens.pop(job.request_id, None)
-        if waiting is not None:
-            self.waiting_bytes -= waiting[1].size
+        for index in range(job.answers):
+            waiting = self._tokens.pop((job.request_id, index), None)
+            if waiting is not None:
+                self.waiting_bytes -= waiting[1].size
 
     def take_unfinished(self) -> list[tuple[Job, Ending]]:
         """The endings that were never said, for a stream that is lost."""
@@ -117,8 +119,10 @@ def _sent_delta(job: Job, piece: Piece) -> TokenDelta:
         text=piece.text.decode(),
         logprobs=piece.logprobs,
         tool_calls=piece.calls,
+        index=piece.answer,
+        finish=piece.finish,
     )
-    job.sent(len(piece.ids), piece.text, piece.calls)
+    job.sent(len(piece.ids), piece.text, piece.calls, index=piece.answer)
     return delta
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from pinaivu_node.engine import types
-from pinaivu_node.engine.types import TokenEvent
+from pinaivu_node.engine.types import FinishReason, TokenEvent
 from pinaivu_node.protocol.inference import (
     LEAST_LOGPROB,
     MAX_ALTERNATIVES,
     MAX_TOOLS,
+    Finish,
     Likelihood,
     TokenLogprob,
     ToolCallDelta,
@@ -35,6 +36,12 @@ _MAX_TOKEN_BYTES: Final = 256
 """The longest token of any vocabulary known is half of it."""
 _MAX_CALLS: Final = 256
 """Pieces of calls in one delta."""
+_FINISH: Final = {
+    FinishReason.STOP: Finish.STOP,
+    FinishReason.LENGTH: Finish.LENGTH,
+    FinishReason.TOOL_CALLS: Finish.TOOL_CALLS,
+}
+"""Of one of several answers; any other end is that of the whole job, and in its Done."""
 
 
 class Piece(NamedTuple):
@@ -45,12 +52,18 @@ class Piece(NamedTuple):
     logprobs: tuple[TokenLogprob, ...]
     calls: tuple[ToolCallDelta, ...]
     size: int
+    answer: int
+    finish: Finish | None
 
 
 class Pile:
-    """What one job's engine brought since the last round."""
+    """What one job's engine brought for one answer since the last round."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0, *, says_finish: bool = False) -> None:
+        """`says_finish`: the answer is one of several, and says itself how it ended."""
+        self._index: Final = index
+        self._says_finish: Final = says_finish
+        self._finish: Finish | None = None
         self.size = _DELTA_BYTES
         """About how long it will be on the wire."""
         self._ids: list[int] = []
@@ -62,6 +75,8 @@ class Pile:
         """Put this on top."""
         self._ids += event.token_ids
         self._text.append(event.text)
+        if self._says_finish and event.finish_reason is not None:
+            self._finish = _FINISH.get(event.finish_reason)
         self.size += _ID_BYTES * len(event.token_ids) + len(event.text)
         if event.logprobs:
             added = [_wire_logprob(each) for each in event.logprobs]
@@ -77,22 +92,24 @@ class Pile:
         # Half a surrogate pair has no UTF-8; an engine that relays another's JSON may bring one.
         text = "".join(self._text).encode(errors="replace")
         ids, logprobs, calls = tuple(self._ids), tuple(self._logprobs), tuple(self._calls)
-        while ids or text or calls:
+        is_last = False
+        while not is_last and (ids or text or calls or self._finish):
             most = _MAX_LOGPROBS if logprobs else MAX_IDS
             cut, last = _character_boundary(text, MAX_TEXT_BYTES), _calls_that_fit(calls)
-            yield _piece(ids[:most], text[:cut], logprobs[:most], calls[:last])
+            parts = (ids[:most], text[:cut], logprobs[:most], calls[:last])
             ids, text, logprobs, calls = ids[most:], text[cut:], logprobs[most:], calls[last:]
+            is_last = not (ids or text or calls)
+            yield Piece(*parts, _size(*parts), self._index, self._finish if is_last else None)
 
 
-def _piece(
+def _size(
     ids: tuple[int, ...],
     text: bytes,
     logprobs: tuple[TokenLogprob, ...],
     calls: tuple[ToolCallDelta, ...],
-) -> Piece:
+) -> int:
     size = _DELTA_BYTES + _ID_BYTES * len(ids) + len(text)
-    size += sum(map(_logprob_size, logprobs)) + sum(map(_call_size, calls))
-    return Piece(ids, text, logprobs, calls, size)
+    return size + sum(map(_logprob_size, logprobs)) + sum(map(_call_size, calls))
 
 
 def _character_boundary(text: bytes, limit: int) -> int:

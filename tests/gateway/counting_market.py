@@ -19,7 +19,7 @@ from pinaivu_gateway.jobs import (
     TextDelta,
 )
 from pinaivu_node.protocol.ids import Milliseconds, NanoX, RequestId, digest_of
-from pinaivu_node.protocol.inference import Finish
+from pinaivu_node.protocol.inference import Finish, TokenLogprob
 from pinaivu_node.protocol.market import JobKind, ModelOffer
 from pinaivu_node.protocol.money import PriceList, TokenUsage
 from pinaivu_node.protocol.receipt import ReceiptReply
@@ -58,22 +58,35 @@ class Bought:
 
 
 class CountingJob:
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, order: JobOrder) -> None:
         self._script = script
+        self._answers = order.sampling.n
+        self._logprobs = order.sampling.logprobs
         self.provider = PROVIDERS[0].peer_id
         self.model_digest = DIGEST
         self.failovers = script.failovers
 
     async def events(self) -> AsyncIterator[JobEvent]:
         for number, text in enumerate(self._script.texts):
-            yield TextDelta(text=text, token_ids=(number,))
+            for index in range(self._answers):
+                yield self._delta(number, text, index)
             if self._script.pause:
                 await trio.sleep(self._script.pause)
             else:
                 await trio.lowlevel.checkpoint()
         if self._script.breaks is not None:
             raise self._script.breaks
+        if self._answers > 1:
+            for index in range(self._answers):
+                yield TextDelta("", (), index=index, finish=self._script.finish)
         yield JobFinished(finish=self._script.finish, usage=self._script.usage)
+
+    def _delta(self, number: int, text: str, index: int) -> TextDelta:
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self._logprobs is not None:
+            chosen = (number, text.encode(), -0.5)
+            logprobs = (TokenLogprob(chosen=chosen, top=(chosen,) * min(1, self._logprobs)),)
+        return TextDelta(text=text, token_ids=(number,), index=index, logprobs=logprobs)
 
 
 class CountingMarket:
@@ -98,7 +111,7 @@ class CountingMarket:
             await trio.sleep(script.silence)
             if script.refusal is not None:
                 raise script.refusal
-            yield CountingJob(script)
+            yield CountingJob(script, order)
             job.ending = "completed"
         except trio.Cancelled:
             job.ending = "cancelled"

@@ -100,7 +100,7 @@ def create(client: openai.OpenAI, **fields: Any) -> Any:
         ({"model": "gpt-4o"}, openai.NotFoundError, "model_not_found"),
         ({"model": "org/name"}, openai.NotFoundError, "model_not_found"),
         ({"temperature": 3}, openai.BadRequestError, "integer_above_max_value"),
-        ({"n": 2}, openai.BadRequestError, "unsupported_value"),
+        ({"n": 129}, openai.BadRequestError, "integer_above_max_value"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "missing_required_parameter"),
     ],
 )

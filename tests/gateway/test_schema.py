@@ -106,7 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": [1]}, "invalid_type", "logit_bias"),
     ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
     ({"user": 5}, "invalid_type", "user"),
-    ({"n": 2}, "unsupported_value", "n"),
+    ({"n": 129}, "integer_above_max_value", "n"),
     ({"n": 0}, "integer_below_min_value", "n"),
     ({"logprobs": 1}, "invalid_type", "logprobs"),
     ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
@@ -179,7 +179,16 @@ def test_what_cannot_be_served_is_refused_by_name(fields, code, param):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"prompt": ["Hi"]}, {"prompt": [1, 2]}, {"prompt": [[1, 2]]}, {"prompt": ""}, {"best_of": 1}],
+    [
+        {"prompt": ["Hi"]},
+        {"prompt": [1, 2]},
+        {"prompt": [[1, 2]]},
+        {"prompt": ""},
+        {"best_of": 1},
+        {"best_of": 3, "n": 3},
+        {"echo": True},
+        {"logprobs": 0},
+    ],
 )
 def test_a_completions_prompt_has_many_forms(fields):
     completion(**fields)
@@ -195,10 +204,14 @@ def test_a_completions_prompt_has_many_forms(fields):
         ({"prompt": [1, True]}, "invalid_type", "prompt[1]"),
         ({"prompt": [-1]}, "integer_below_min_value", "prompt[0]"),
         ({"prompt": [2**31]}, "integer_above_max_value", "prompt[0]"),
-        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"echo": True, "prompt": [1]}, "unsupported_value", "echo"),
+        ({"echo": True, "logprobs": 0}, "unsupported_value", "echo"),
+        ({"prompt": ["x"] * 33}, "array_above_max_length", "prompt"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"best_of": 2}, "unsupported_value", "best_of"),
-        ({"logprobs": 0}, "unsupported_parameter", "logprobs"),
+        ({"best_of": 2, "n": 3}, "unsupported_value", "best_of"),
+        ({"logprobs": 6}, "integer_above_max_value", "logprobs"),
+        ({"logprobs": True}, "invalid_type", "logprobs"),
         ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
         ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     ],

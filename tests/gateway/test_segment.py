@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_gateway.segment import VOUCHER_STEP, Segment
-from pinaivu_node.protocol.answer import digest_of_answer
+from pinaivu_node.protocol.answer import digest_of_answer, digest_of_answers
 from pinaivu_node.protocol.errors import PeerAction, RemoteProtocolError
 from pinaivu_node.protocol.ids import digest_of, request_id_of
 from pinaivu_node.protocol.inference import (
@@ -217,3 +217,35 @@ def test_who_delivered_nothing_is_owed_nothing() -> None:
     assert report.usage == ZERO_USAGE
     assert report.output_hash == digest_of(b"")
     assert report.ttft_ms is None
+
+
+def several(answers: int = 2) -> Segment:
+    return Segment(
+        assignment(), gateway=GATEWAY.peer_id, input_estimate=20, now=STARTED, answers=answers
+    )
+
+
+def test_several_answers_have_the_digest_of_all_and_each_its_end():
+    account = several()
+    account.take_untrusted(of_answer(1, delta(0, 1, "b")), now=STARTED)
+    account.take_untrusted(of_answer(0, delta(1, 2, "aa"), finish=Finish.STOP), now=STARTED)
+    assert not account.is_whole
+    account.take_untrusted(of_answer(1, delta(3, 1, "b"), finish=Finish.LENGTH), now=STARTED)
+    assert account.is_whole
+    assert account.output_hash == digest_of_answers([("aa", ()), ("bb", ())])
+
+
+@pytest.mark.parametrize(
+    ("answers", "index", "finish"),
+    [(1, 1, None), (2, 2, None), (1, 0, Finish.STOP), (2, 1, Finish.ERROR), (2, 0, None)],
+)
+def test_answers_that_cannot_be_are_refused(answers, index, finish):
+    account = several(answers)
+    if answers > 1:
+        account.take_untrusted(of_answer(0, delta(0, 0), finish=Finish.STOP), now=STARTED)
+    with pytest.raises(RemoteProtocolError):
+        account.take_untrusted(of_answer(index, delta(0, 1), finish=finish), now=STARTED)
+
+
+def of_answer(index: int, what: TokenDelta, *, finish: Finish | None = None) -> TokenDelta:
+    return what.model_copy(update={"index": index, "finish": finish})

@@ -25,7 +25,7 @@ def test_the_chunks_of_a_chat():
         + '"choices":[{"index":0,"delta":{"content":"a \\"é\\"\\n"},"logprobs":null,'.encode()
         + b'"finish_reason":null}]}\n\n'
     )
-    assert template.finish("length", {"total_tokens": 3}) == (
+    assert template.finish("length") + template.end({"total_tokens": 3}) == (
         OPEN
         + b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}]}\n\n'
         + b"data: [DONE]\n\n"
@@ -44,7 +44,7 @@ def test_a_chunk_with_logprobs():
 def test_the_chunks_of_a_chat_with_usage():
     template = ChunkTemplate(HEAD, chat=True, include_usage=True)
     assert template.text("a").endswith(b'"finish_reason":null}],"usage":null}\n\n')
-    assert template.finish("stop", {"total_tokens": 3}).endswith(
+    assert (template.finish("stop") + template.end({"total_tokens": 3})).endswith(
         b'"finish_reason":"stop"}],"usage":null}\n\n'
         + OPEN
         + b'"choices":[],"usage":{"total_tokens":3}}\n\ndata: [DONE]\n\n'
@@ -57,11 +57,17 @@ def test_the_chunks_of_a_completion():
     assert template.text("a") == (
         OPEN + b'"choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}\n\n'
     )
-    assert template.finish("stop", {}) == (
+    assert template.finish("stop") + template.end({}) == (
         OPEN
         + b'"choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop"}]}\n\n'
         + DONE
     )
+
+
+def test_the_chunks_of_another_choice():
+    template = ChunkTemplate(HEAD, chat=True, include_usage=False, index=3)
+    for chunk in (template.opening(), template.text("a"), template.calls([]), template.finish("x")):
+        assert json.loads(chunk[6:])["choices"][0]["index"] == 3
 
 
 def test_an_error_and_a_comment():

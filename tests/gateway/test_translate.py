@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from counting_market import DIGEST, MODEL, PROVIDERS, USAGE, offer, roster
+from counting_market import DIGEST, MODEL, PROVIDERS, offer, roster
 
 from pinaivu_gateway.errors import RequestRefused
 from pinaivu_gateway.jobs import JobOrder
@@ -17,15 +17,16 @@ from pinaivu_gateway.openai_schema import (
     MaxPrice,
     parse_untrusted,
 )
+from pinaivu_gateway.reply import Reply
 from pinaivu_gateway.translate import (
     Chance,
     Limits,
-    Reply,
     chat_order,
     chat_turns,
     completion_order,
     context_window_of,
     price_ceiling,
+    prompts_of,
 )
 from pinaivu_node.models.catalogue import CATALOGUE
 from pinaivu_node.protocol.ids import MAX_SAFE_INTEGER, request_id_of
@@ -44,7 +45,7 @@ def order(*messages: dict[str, Any], limits: Limits = LIMITS, **fields: Any) -> 
 def raw(prompt: Any, **fields: Any) -> JobOrder:
     body = {"model": MODEL, "prompt": prompt, **fields}
     request = parse_untrusted(json.dumps(body).encode(), CompletionRequest)
-    return completion_order(request, CHANCE, LIMITS)
+    return completion_order(request, prompts_of(request)[0], CHANCE, LIMITS)
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -144,14 +145,27 @@ def test_a_raw_completion_has_openais_short_default():
     assert raw([[1, 2]]).prompt.token_ids == (1, 2)
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]]])
-def test_several_prompts_are_refused(prompt):
-    with pytest.raises(RequestRefused) as refused:
-        raw(prompt)
-    assert (refused.value.problem.code, refused.value.problem.param) == (
-        "unsupported_value",
-        "prompt",
-    )
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_each_prompt_is_a_job(prompt, prompts):
+    body = json.dumps({"model": MODEL, "prompt": prompt}).encode()
+    assert prompts_of(parse_untrusted(body, CompletionRequest)) == prompts
+
+
+def test_several_answers_are_sold_as_one_job():
+    made = order(n=3, max_tokens=10)
+    assert (made.sampling.n, made.sampling.max_tokens) == (3, 10)
+    assert (made.output_limit, made.output_estimate) == (30, 30)
+    assert order(n=128, max_tokens=8000).output_limit <= 1_000_000
 
 
 def test_sampling_is_what_the_client_asked_for():
@@ -207,13 +221,13 @@ def test_prices_are_whole_nano_x_and_never_above_what_was_written(amount, nano):
 
 
 def test_the_fingerprint_names_what_ran_and_the_id_the_request():
-    reply = Reply(CHANCE.request_id, MODEL, 5, is_chat=True, model_digest=DIGEST)
-    whole = reply.whole("x", "stop", USAGE)
+    reply = Reply((CHANCE.request_id,), MODEL, 5, is_chat=True, model_digest=DIGEST)
+    whole = reply.whole([], {})
     assert whole["system_fingerprint"] == "fp_" + DIGEST[7:19]
     assert whole["id"] == "chatcmpl-" + "72" * 16
     assert whole["object"] == "chat.completion"
     assert reply.head(chunk=True)["object"] == "chat.completion.chunk"
-    raw_reply = Reply(CHANCE.request_id, MODEL, 5, is_chat=False, model_digest=DIGEST)
+    raw_reply = Reply((CHANCE.request_id,), MODEL, 5, is_chat=False, model_digest=DIGEST)
     assert raw_reply.head(chunk=True)["object"] == "text_completion"
 
 

@@ -38,7 +38,7 @@ async def honest(town: Town) -> tuple[Receipt, Evidence, str]:
 
 
 def failures(evidence: Evidence, text: str) -> set[str]:
-    expectation = Expectation(coordinator=COORDINATOR.peer_id, answer=text)
+    expectation = Expectation(coordinator=COORDINATOR.peer_id, answers=(text,))
     return {each.name for each in verify(evidence, expectation) if each.verdict is Verdict.FAILS}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 from town import (
@@ -19,6 +21,7 @@ from town import (
 
 from pinaivu_gateway.jobs import (
     CoordinatorUnreachable,
+    JobFinished,
     NoBids,
     NobodyEligible,
     NoCredit,
@@ -69,6 +72,29 @@ async def test_a_job_is_bought_served_paid_and_verified_by_a_stranger(
     assert accounts[f"gateway:{peer_of('gateway')}"] == CREDIT - receipt.amount
     assert accounts[f"provider:{peer_of('cheap')}"] == receipt.amount - receipt.fee
     assert not [account for account in accounts if account.startswith("hold:")]
+
+
+async def test_several_answers_are_one_job_and_are_verified_together(
+    town: Town, autojump_clock
+) -> None:
+    _, market = await opened(town, "cheap", "dear")
+    order = town.order()
+    sampling = order.sampling.model_copy(update={"n": 3})
+    order = replace(order, sampling=sampling, output_limit=3 * order.output_limit)
+    texts, ends = ["", "", ""], []
+    async with market.buy(order) as job:
+        async for event in job.events():
+            if isinstance(event, JobFinished):
+                finished = event
+                continue
+            texts[event.index] += event.text
+            ends += [event.index] if event.finish else []
+    assert sorted(ends) == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert finished.usage.output == 60
+    assert await failed_checks(market, order, answers=tuple(texts)) == []
+    (failed,) = await failed_checks(market, order, answers=tuple(reversed(texts)))
+    assert failed.name == "answer"
 
 
 async def test_the_auction_closes_as_soon_as_all_have_answered(town: Town, autojump_clock) -> None:

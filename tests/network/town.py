@@ -211,7 +211,7 @@ async def settled(market: Market, order: JobOrder) -> ReceiptReply:
 
 
 async def failed_checks(
-    market: Market, order: JobOrder, *, answer: str | None = None
+    market: Market, order: JobOrder, *, answer: str | None = None, answers: tuple[str, ...] = ()
 ) -> list[Check]:
     """What a stranger who trusts nobody but the coordinator's key would object to."""
     reply = await settled(market, order)
@@ -222,7 +222,9 @@ async def failed_checks(
         leaves=await market.bid_set(order.request_id),
     )
     expectation = Expectation(
-        request_id=order.request_id, coordinator=peer_of("coordinator"), answer=answer
+        request_id=order.request_id,
+        coordinator=peer_of("coordinator"),
+        answers=answers if answer is None else (answer,),
     )
     checks = list(verify(evidence, expectation))
     assert len(checks) >= 8

@@ -23,6 +23,7 @@ RICH_SAMPLING = inference.Sampling(
     max_tokens=5,
     stop_token_ids=(7,),
     logprobs=0,
+    n=2,
     constraint=inference.Constraint(kind=inference.ConstraintKind.REGEX, text="a+"),
 )
 CALL = inference.ToolCall(id="call_1", name="weather", arguments='{"in": "Bern"}')
@@ -288,6 +289,14 @@ SAMPLES: tuple[Message, ...] = (
                 tool_calls=(
                     inference.ToolCallDelta(index=0, id="call_1", name="weather", arguments="{"),
                 ),
+            ),
+            inference.TokenDelta(
+                request_id=REQUEST,
+                position=3,
+                token_ids=(),
+                text="",
+                index=1,
+                finish=inference.Finish.LENGTH,
             ),
         )
     ),

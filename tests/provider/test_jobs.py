@@ -116,7 +116,7 @@ def test_every_sampling_parameter_reaches_the_engine(facts):
     sampling = Sampling(
         max_tokens=9, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=0.5,
         frequency_penalty=-0.5, repetition_penalty=1.5, logit_bias=((5, -100.0),), stop=("a",),
-        seed=7, ignore_eos=True, stop_token_ids=(4, 5), logprobs=20,
+        seed=7, ignore_eos=True, stop_token_ids=(4, 5), logprobs=20, n=3,
     )  # fmt: skip
     asked = generation_of(facts.dispatch(sampling=sampling), deadline_ms=1).sampling
     for name, value in sampling.model_dump().items():

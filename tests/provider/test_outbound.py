@@ -4,12 +4,20 @@ import math
 
 import pytest
 
-from pinaivu_node.engine.types import Alternative, TokenEvent, TokenLogprob, ToolCallDelta
+from pinaivu_node.engine.types import (
+    Alternative,
+    FinishReason,
+    TokenEvent,
+    TokenLogprob,
+    ToolCallDelta,
+)
 from pinaivu_node.protocol import inference
-from pinaivu_node.protocol.answer import digest_of_answer
+from pinaivu_node.protocol.answer import digest_of_answer, digest_of_answers
 from pinaivu_node.protocol.inference import TO_GATEWAY, Accept, Done, Finish, Tokens
+from pinaivu_node.protocol.market import Proof
+from pinaivu_node.protocol.signing import open_untrusted
 from pinaivu_node.protocol.wire import decode_untrusted
-from pinaivu_node.provider.jobs import CANCELLED, STOPPED, Job
+from pinaivu_node.provider.jobs import AT_LIMIT, CANCELLED, STOPPED, Job
 from pinaivu_node.provider.outbound import Outbound
 
 
@@ -185,3 +193,42 @@ def test_a_flood_of_alternatives_is_cut_into_frames_that_a_peer_takes(outbound, 
     assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
     proof = one.proof(STOPPED, me=facts.provider.peer_id, now=1.0)
     assert proof.output_hash == digest_of_answer("a" * 1000)
+
+
+def test_several_answers_are_told_apart_and_each_says_its_own_end(outbound, job, facts):
+    one = job(sampling=inference.Sampling(max_tokens=9, n=2))
+    outbound.add(one, event((1,), "a", index=0))
+    outbound.add(one, event((2,), "b", index=1))
+    outbound.add(one, event((3,), "c", index=0, finish_reason=FinishReason.LENGTH))
+    (tokens,) = decoded(outbound)
+    assert [(d.index, d.position, d.text, d.finish) for d in tokens.deltas] == [
+        (0, 0, "ac", Finish.LENGTH),
+        (1, 2, "b", None),
+    ]
+    outbound.add(one, event((), "", index=1, finish_reason=FinishReason.STOP))
+    outbound.end(one, STOPPED)
+    tokens, done = decoded(outbound)
+    assert [(d.index, d.token_ids, d.finish) for d in tokens.deltas] == [(1, (), Finish.STOP)]
+    proof = open_untrusted(done.proof, Proof, signer=facts.provider.peer_id)
+    assert proof.output_hash == digest_of_answers([("ac", ()), ("b", ())])
+    assert proof.usage.output == 3
+
+
+def test_a_job_is_over_with_the_last_of_its_answers_or_the_first_failure(job):
+    one = job(sampling=inference.Sampling(max_tokens=9, n=2))
+    assert one.ending_after(event((1,), "a", index=1, finish_reason=FinishReason.STOP)) is None
+    assert one.ending_after(event((1,), "a", index=0)) is None
+    ending = one.ending_after(event((1,), "a", index=0, finish_reason=FinishReason.LENGTH))
+    assert ending is AT_LIMIT
+    two = job(sampling=inference.Sampling(max_tokens=9, n=2))
+    broken = event((), "", index=1, finish_reason=FinishReason.ERROR, error="it broke")
+    assert two.ending_after(broken).finish is Finish.ERROR
+
+
+def test_what_is_dropped_are_all_answers(outbound, job):
+    one = job(sampling=inference.Sampling(max_tokens=9, n=2))
+    outbound.add(one, event((1,), "a", index=0))
+    outbound.add(one, event((2,), "b", index=1))
+    outbound.drop_tokens(one)
+    assert decoded(outbound) == []
+    assert outbound.waiting_bytes == 0
