@@ -120,6 +120,17 @@ class Link:
     """Whether it was we who dialled."""
     round_trip_ms: float | None
     """Smoothed; None until measured."""
+    streams: int = 0
+    """Open ones, those of libp2p's own protocols included."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    """On the wire, encrypted."""
+    queued_bytes: int = 0
+    """That wait to be sent: a peer that reads slowly."""
+    unread_bytes: int = 0
+    """That arrived and were not read: we are slow."""
+    offences: float = 0.0
+    """What the peer did wrong, as it weighs now; at 100 it is banned."""
 
 
 StreamHandler = Callable[[FrameStream], Awaitable[None]]
@@ -139,6 +150,18 @@ class MeshStatistics:
     gossip_dropped: int
     peers_dropped: int
     redials: int
+    protocol_offences: int = 0
+    stream_flood_offences: int = 0
+    hoarding_offences: int = 0
+    gossip_flood_offences: int = 0
+    reconnecting_offences: int = 0
+    stalling_offences: int = 0
+    bans: int = 0
+    peers_refused: int = 0
+    """Connections of peers that are banned."""
+    peers_evicted: int = 0
+    """Idle ones that had to make room."""
+    handshakes_failed: int = 0
     pipes: int = 0
     """That pass through us now, as a relay."""
     pipes_made: int = 0

@@ -73,6 +73,10 @@ class Redialer:
     def __contains__(self, peer: PeerId) -> bool:
         return peer in self._kept
 
+    def peers(self) -> set[PeerId]:
+        """Whom we stay connected to."""
+        return set(self._kept)
+
     def keep(self, address: str) -> None:
         """Dial this address now and whenever its peer is lost, in turn with its other ones.
 

@@ -64,7 +64,7 @@ async def _gather(stack: str, address: str, peers: int) -> None:
                     os.urandom(32),
                     MeshConfig(listen=(), max_connections=MANY, dial_timeout=30, open_timeout=30),
                     gate=lambda _peer: True,
-                    fault=lambda _peer, _reason: None,
+                    fault=lambda *_: None,
                 )
                 await stack_of_hosts.enter_async_context(host.run([]))
                 nursery.start_soon(host.get_network().upgrader.muxer_multistream.pulse.run)

@@ -91,7 +91,7 @@ async def intruder(address: str) -> AsyncIterator[Any]:
         os.urandom(32),
         MeshConfig(listen=()),
         gate=lambda _peer: True,
-        fault=lambda _peer, _reason: None,
+        fault=lambda *_: None,
     )
     location, _, peer = address.rpartition("/p2p/")
     async with host.run([]):
@@ -139,6 +139,42 @@ async def connections_one_after_another(address: str, count: int) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(10):
             nursery.start_soon(come_and_go)
+
+
+async def propose(address: str, protocol: bytes) -> bytes:
+    """Propose this way of being secure; what is answered."""
+    answer = b""
+    async with await trio.open_tcp_stream(*host_and_port(address)) as stream:
+        await stream.send_all(MULTISTREAM + bytes([len(protocol) + 1]) + protocol + b"\n")
+        with trio.move_on_after(2):
+            while not answer.endswith(b"na\n") and (data := await stream.receive_some(65536)):
+                answer += data
+    return answer
+
+
+async def reconnects(address: str, count: int) -> int:
+    """Connect and leave again and again, always as the same peer; how often that worked."""
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    host = libp2p_host.make_host(
+        os.urandom(32), MeshConfig(listen=()), gate=lambda _peer: True, fault=lambda *_: None
+    )
+    location, _, peer = address.rpartition("/p2p/")
+    worked = 0
+    async with host.run([]):
+        for _ in range(count):
+            try:
+                libp2p_host.forget_failure(host, peer)
+                await libp2p_host.dial(host, location, peer)
+                (connection,) = host.get_network().get_connections()
+                await connection.muxed_conn.open_stream()
+                with trio.move_on_after(0.02):
+                    await connection.muxed_conn.event_closed.wait()
+                    continue
+                worked += 1
+                await libp2p_host.kill_connection(connection)
+            except Exception:  # noqa: BLE001 - refused, in one of libp2p's many ways
+                pass
+    return worked
 
 
 async def _stream(host: Any, protocol: str) -> Any:

@@ -121,6 +121,20 @@ async def test_three_hundred_connections_one_after_another(victim, attacks):
     await assert_served(victim)
 
 
+@pytest.mark.parametrize("protocol", [b"/plaintext/2.0.0", b"/tls/1.0.0", b"/secio/1.0.0"])
+async def test_nobody_says_who_he_is_without_proof(victim, attacks, protocol):
+    answer = await attacks.propose(victim.address, protocol)
+    assert answer.endswith(b"\x03na\n")
+    assert protocol not in answer
+
+
+@pytest.mark.live
+async def test_a_peer_that_connects_a_thousand_times_is_refused_and_nobody_else(victim, attacks):
+    assert await attacks.reconnects(victim.address, 1000) < 100
+    assert "reconnecting, again and again" in victim.log
+    await assert_served(victim)
+
+
 async def test_nothing_of_all_this_left_a_traceback(victim):
     assert "Traceback" not in victim.log
     ours = "WARNING:pinaivu_node.mesh.libp2p"

@@ -31,7 +31,7 @@ def host():
         os.urandom(32),
         MeshConfig(),
         gate=lambda _peer: True,
-        fault=lambda _peer, _reason: None,
+        fault=lambda *_: None,
     )
 
 
@@ -47,9 +47,7 @@ async def test_only_noise_and_yamux_are_offered_and_accepted(host):
 
 async def test_the_identity_is_that_of_the_signing_key():
     seed = bytes(range(32))
-    host = libp2p_host.make_host(
-        seed, MeshConfig(), gate=lambda _peer: True, fault=lambda _peer, _reason: None
-    )
+    host = libp2p_host.make_host(seed, MeshConfig(), gate=lambda _peer: True, fault=lambda *_: None)
     assert str(host.get_id()) == peer_id_of(bytes(SigningKey(seed).verify_key))
 
 

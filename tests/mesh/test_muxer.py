@@ -66,7 +66,7 @@ class Side:
         self.muxer = YamuxOnly(limits, self.pulse, Pressure(max_held), self.note, timeout=5)
         self.connection = None
 
-    def note(self, _peer: object, reason: str) -> None:
+    def note(self, _peer: object, reason: str, _offence: object) -> None:
         self.faults.append(reason)
 
     async def listen(self, raw, nursery) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, Final
 
 import trio
@@ -23,7 +23,8 @@ class Connections:
 
     def __init__(self, me: PeerId) -> None:
         self._me = me
-        self._all: set[Any] = set()
+        self._all: dict[Any, float] = {}
+        """Since when; the oldest first."""
 
     def __contains__(self, connection: Any) -> bool:
         return connection in self._all
@@ -31,13 +32,27 @@ class Connections:
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self._all))
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def add(self, connection: Any) -> None:
         """It is up."""
-        self._all.add(connection)
+        self._all[connection] = trio.current_time()
 
     def discard(self, connection: Any) -> None:
         """It is gone."""
-        self._all.discard(connection)
+        self._all.pop(connection, None)
+
+    def least_wanted(
+        self, *, in_use: Container[PeerId], weight: Callable[[PeerId], float]
+    ) -> Any | None:
+        """Which to close where there are too many; None if all are of peers `in_use`.
+
+        Of those that have nothing to do with us the one that behaved worst, and of the well-behaved
+        the one that has been idle for longest: who has just come may be about to say what he wants.
+        """
+        idle = [each for each in self._all if libp2p_host.peer_of(each) not in in_use]
+        return max(idle, key=lambda each: weight(libp2p_host.peer_of(each)), default=None)
 
     def of(self, peer: PeerId) -> list[Any]:
         """Those to this peer."""
@@ -60,9 +75,9 @@ class Connections:
         kept = [each for each in relayed if (first == self._me) == each.muxed_conn.is_initiator]
         return [each for each in relayed if each not in kept] if kept else []
 
-    def links(self) -> tuple[Link, ...]:
-        """What is told of them."""
-        return tuple(map(_link_of, self._all))
+    def links(self, weight: Callable[[PeerId], float]) -> tuple[Link, ...]:
+        """What is told of them; `weight` is that of a peer's offences."""
+        return tuple(_link_of(each, weight) for each in self._all)
 
     async def close_when_quiet(
         self, connection: Any, streams: Callable[[], Iterable[Libp2pFrameStream]], *, quiet: float
@@ -106,14 +121,21 @@ def _is_relayed(connection: Any) -> bool:
     return _path_of(connection) is Path.RELAYED
 
 
-def _link_of(connection: Any) -> Link:
+def _link_of(connection: Any, weight: Callable[[PeerId], float]) -> Link:
+    peer = libp2p_host.peer_of(connection)
     muxed = connection.muxed_conn
     remote = muxed.secured_conn.carrier.get_remote_address()
     round_trip = muxed.round_trip
     return Link(
-        peer=libp2p_host.peer_of(connection),
+        peer=peer,
         path=_path_of(connection),
         remote="" if remote is None else f"{remote[0]}:{remote[1]}",
         dialled=muxed.is_initiator,
         round_trip_ms=None if round_trip is None else round(1000 * round_trip, 3),
+        streams=muxed.streams,
+        bytes_sent=muxed.bytes_sent,
+        bytes_received=muxed.bytes_received,
+        queued_bytes=muxed.queued,
+        unread_bytes=muxed.held,
+        offences=round(weight(peer), 3),
     )

@@ -15,6 +15,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 
+from pinaivu_node.mesh.conduct import Offence
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.libp2p.corked import Buffered
 from pinaivu_node.mesh.libp2p.muxer import Fault
@@ -50,7 +51,11 @@ class SafePubsub(Pubsub):  # type: ignore[misc] # untyped base
         except Exception as exc:  # whatever a message can cause, in protobuf, keys or the router
             if local:
                 raise
-            self.fault(PeerId(str(msg_forwarder)), f"a gossip message that breaks us: {exc!r}")
+            self.fault(
+                PeerId(str(msg_forwarder)),
+                f"a gossip message that breaks us: {exc!r}",
+                Offence.PROTOCOL,
+            )
 
     async def continuously_read_stream(self, stream: Any) -> None:
         """Take in what one peer says until its stream ends."""

@@ -59,8 +59,9 @@ def peer_of(thing: Any) -> PeerId:
 class _InboundGate:
     """Takes inbound connections through their handshake, a bounded number at a time."""
 
-    def __init__(self, swarm: Any, max_half_open: int) -> None:
+    def __init__(self, swarm: Any, max_half_open: int, failed: Callable[[], None]) -> None:
         self._swarm = swarm
+        self._failed = failed
         self._max_half_open = max_half_open
         self._half_open: dict[trio.CancelScope, None] = {}
         self._complained: dict[str, None] = {}
@@ -87,10 +88,12 @@ class _InboundGate:
             except Refused:
                 return None
             except Exception as exc:  # noqa: BLE001 - whatever a handshake can do to us
+                self._failed()
                 self._complain(origin, f"{exc}")
                 return None
             finally:
                 self._half_open.pop(scope, None)
+        self._failed()
         self._complain(origin, f"more than {self._max_half_open} handshakes at once")
         return None
 
@@ -117,14 +120,24 @@ class _NoAutoConnector(auto_connector_module.AutoConnector):  # type: ignore[mis
         """Nothing to remember, and the stock memory is only cleared while dialling."""
 
 
-def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) -> Any:
+def make_host(
+    seed: bytes,
+    config: MeshConfig,
+    *,
+    gate: PeerGate,
+    fault: Fault,
+    failed: Callable[[], None] = lambda: None,
+) -> Any:
     """A host with the identity of this 32-byte seed; not yet running.
 
     `gate` says whether a peer that has proven its identity may connect; `fault` is told of peers
-    that break the transport, and cuts them off.  MeshError if the certificate cannot be used.
+    that break the transport, and cuts them off; `failed` of each handshake that comes to nothing.
+    MeshError if the certificate cannot be used.
     """
     swarm_module._HAPPY_EYEBALLS_DELAY = 0.0  # noqa: SLF001
     key_pair = create_new_key_pair(seed=seed)
+    # Full, libp2p would refuse whoever comes; we take him, and let go of who is least wanted.
+    most = config.max_connections + config.max_half_open
     security, muxer = transport_options(key_pair, config, gate=gate, fault=fault)
     host = new_host(
         key_pair=key_pair,
@@ -134,10 +147,10 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
         announce_addrs=[Multiaddr(address) for address in config.announce] or None,
         disable_identify_address_discovery=True,  # what strangers say of our address
         connection_config=ConnectionConfig(
-            max_connections=config.max_connections,
+            max_connections=most,
             min_connections=0,
             low_watermark=0,
-            high_watermark=config.max_connections,
+            high_watermark=most,
             inbound_upgrade_timeout=config.dial_timeout,
             outbound_upgrade_timeout=config.dial_timeout,
             outbound_stream_protocol_negotiation_timeout=config.open_timeout,
@@ -151,7 +164,7 @@ def make_host(seed: bytes, config: MeshConfig, *, gate: PeerGate, fault: Fault) 
     swarm.upgrader.security_multistream = security
     swarm.upgrader.muxer_multistream = muxer
     swarm._inbound_limiter = trio.CapacityLimiter(math.inf)  # noqa: SLF001
-    inbound = _InboundGate(swarm, config.max_half_open)
+    inbound = _InboundGate(swarm, config.max_half_open, failed)
     swarm._handle_inbound_connection = inbound.handle  # noqa: SLF001
     return host
 

@@ -7,12 +7,13 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import trio
 
 from pinaivu_node.mesh.address import is_circuit, split_address
 from pinaivu_node.mesh.backoff import Backoff
+from pinaivu_node.mesh.conduct import Offence
 from pinaivu_node.mesh.config import MeshConfig
 from pinaivu_node.mesh.counters import Counters
 from pinaivu_node.mesh.framing import check_frame_size
@@ -21,6 +22,7 @@ from pinaivu_node.mesh.libp2p import gossip
 from pinaivu_node.mesh.libp2p import host as libp2p_host
 from pinaivu_node.mesh.libp2p.circuit import Circuits
 from pinaivu_node.mesh.libp2p.connections import Connections, close_politely
+from pinaivu_node.mesh.libp2p.discipline import Discipline
 from pinaivu_node.mesh.libp2p.listening import Notifee, check_listenable
 from pinaivu_node.mesh.libp2p.stream import Libp2pFrameStream
 from pinaivu_node.mesh.mesh import (
@@ -34,7 +36,6 @@ from pinaivu_node.mesh.mesh import (
     PeerUnreachable,
     StreamHandler,
 )
-from pinaivu_node.mesh.peers import PeerBook
 from pinaivu_node.mesh.presence import Presence
 from pinaivu_node.mesh.promise import Promise
 from pinaivu_node.mesh.redial import Redialer
@@ -43,9 +44,6 @@ from pinaivu_node.protocol.ids import Milliseconds, PeerId, Topic
 from pinaivu_node.protocol.topics import RELAY
 
 logger = logging.getLogger(__name__)
-
-_LOOKS_PER_STALL: Final = 8
-"""So often is a stream looked at within the stall limit: a stall is noticed an eighth late."""
 
 
 @asynccontextmanager
@@ -74,20 +72,26 @@ class Libp2pMesh:
 
     def __init__(self, config: MeshConfig, seed: bytes) -> None:
         self._config = config
-        self._book = PeerBook(
-            max_held=config.max_held_per_peer, gossip_per_second=config.max_gossip_per_second
+        self._counters = Counters()
+        self._host = libp2p_host.make_host(
+            seed,
+            config,
+            gate=self._gate,
+            fault=self.hang_up,
+            failed=self._counters.handshake_failed,
         )
-        self._host = libp2p_host.make_host(seed, config, gate=self._admits, fault=self.hang_up)
         self._swarm = self._host.get_network()
         self._peer_id = PeerId(str(self._host.get_id()))
         self._pubsub, self._router = gossip.make_pubsub(self._host, config)
         self._pubsub.deliver = self._deliver
         self._pubsub.admits = self._admits_gossip
         self._pubsub.fault = self.hang_up
-        self._pubsub.restart = self._kill_connections
         self._presence = Presence()
-        self._counters = Counters()
         self._connections = Connections(self._peer_id)
+        self._discipline = Discipline(
+            config, self._connections, self._presence, self._counters, kill=self._kill
+        )
+        self._pubsub.restart = self._discipline.cut_off
         self._streams: set[Libp2pFrameStream] = set()
         self._inboxes: dict[Topic, set[Inbox]] = {}
         self._subscribing = trio.Lock()
@@ -120,7 +124,8 @@ class Libp2pMesh:
                 )
                 for address in self._circuits.kept:
                     self.keep(address)
-                self._start(self._drop_stalled_peers)
+                stalled = partial(self._discipline.drop_stalled, limit=self._config.stall_limit)
+                self._start(stalled, self._streams)
                 try:
                     yield
                 finally:
@@ -184,10 +189,7 @@ class Libp2pMesh:
                 self._counters.gossip_dropped += inbox.deliver(delivery)
 
     def _admits_gossip(self, peer: PeerId) -> bool:
-        if self._admits(peer) and self._book.admits_gossip(peer, now=trio.current_time()):
-            return True
-        self._counters.gossip_dropped += 1
-        return False
+        return self._admits(peer) and self._discipline.admits_gossip(peer)
 
     # --- streams ----------------------------------------------------------------------------------
 
@@ -218,7 +220,8 @@ class Libp2pMesh:
             with trio.fail_after(self._config.open_timeout):
                 stream = await libp2p_host.open_stream(self._host, peer, protocol)
         except trio.TooSlowError:
-            self.hang_up(peer, f"it did not open a stream in {self._config.open_timeout:g} s")
+            reason = f"it did not open a stream in {self._config.open_timeout:g} s"
+            self.hang_up(peer, reason, Offence.STALLING)
             promise.fail(PeerUnreachable(f"{peer} did not open {protocol} in time"))
         except Exception as exc:  # noqa: BLE001 - libp2p raises anything here
             promise.fail(PeerUnreachable(f"{peer} did not open {protocol}: {exc}"))
@@ -230,7 +233,7 @@ class Libp2pMesh:
             libp2p_stream,
             libp2p_host.peer_of(libp2p_stream),
             counters=self._counters,
-            book=self._book,
+            book=self._discipline.book,
             drop=self.hang_up,
         )
         self._streams.add(stream)
@@ -241,25 +244,16 @@ class Libp2pMesh:
         self._streams.discard(stream)
         self._start(libp2p_host.dismiss, stream.libp2p_stream)
 
-    async def _drop_stalled_peers(self) -> None:
-        """Cut off, until cancelled, who takes nothing of what we have for it."""
-        limit = self._config.stall_limit
-        while True:
-            await trio.sleep(limit / _LOOKS_PER_STALL)
-            now = trio.current_time()
-            for stream in list(self._streams):
-                if stream.is_stalled(now=now, limit=limit):
-                    self.hang_up(stream.peer, f"it read nothing for {limit:g} s")
-
     async def _serve_inbound(
         self, stream: Any, stock_handler: Callable[[Any], Awaitable[None]]
     ) -> None:
         """Every inbound stream of every protocol passes here, and no exception gets out."""
         peer = libp2p_host.peer_of(stream)
-        count = self._book.open_stream(peer)
+        count = self._discipline.book.open_stream(peer)
         try:
             if count > self._config.max_streams_per_peer:
-                self.hang_up(peer, f"it opened more than {count - 1} streams at once")
+                reason = f"it opened more than {count - 1} streams at once"
+                self.hang_up(peer, reason, Offence.STREAM_FLOOD)
             elif self._admits(peer):
                 await stock_handler(stream)
                 await libp2p_host.part_with(stream, patience=self._config.open_timeout)
@@ -267,7 +261,7 @@ class Libp2pMesh:
             if not libp2p_host.is_ordinary_end(exc):
                 self.hang_up(peer, f"a stream of it broke our handler: {exc!r}")
         finally:
-            self._book.close_stream(peer)
+            self._discipline.book.close_stream(peer)
             await libp2p_host.dismiss(stream)
 
     # --- peers ------------------------------------------------------------------------------------
@@ -319,7 +313,7 @@ class Libp2pMesh:
 
     def links(self) -> tuple[Link, ...]:
         """See `Mesh.links`."""
-        return self._connections.links()
+        return self._connections.links(self._discipline.weight)
 
     def watch_peers(self) -> AbstractAsyncContextManager[AsyncIterator[PeerEvent]]:
         """See `Mesh.watch_peers`."""
@@ -333,27 +327,33 @@ class Libp2pMesh:
 
     def ban(self, peer: PeerId, *, duration: Milliseconds) -> None:
         """See `Mesh.ban`."""
-        self._book.ban(peer, until=trio.current_time() + duration / 1000)
-        self._kill_connections(peer)
+        self._discipline.ban(peer, duration=duration)
+
+    def hang_up(self, peer: PeerId, reason: str, offence: Offence = Offence.PROTOCOL) -> None:
+        """Cut off a peer that misbehaved."""
+        self._discipline.hang_up(peer, reason, offence)
 
     def _admits(self, peer: PeerId) -> bool:
-        return not self._closed and not self._book.is_banned(peer, now=trio.current_time())
+        return not self._closed and self._discipline.admits(peer)
 
-    def hang_up(self, peer: PeerId, reason: str) -> None:
-        """Cut off a peer that misbehaved, and say so once."""
-        if self._book.is_first_complaint(peer):
-            logger.warning("dropped %s: %s", peer, reason)
-        self._counters.peers_dropped += peer in self._presence
-        self._kill_connections(peer)
+    def _gate(self, peer: PeerId) -> bool:
+        """Whether a peer that has just proven who it is may connect."""
+        admits = self._admits(peer)
+        self._counters.peers_refused += not admits
+        return admits
 
-    def _kill_connections(self, peer: PeerId) -> None:
-        for connection in self._connections.of(peer):
-            self._start(libp2p_host.kill_connection, connection)
+    def _kill(self, connection: Any) -> None:
+        self._start(libp2p_host.kill_connection, connection)
+
+    def _in_use(self) -> set[PeerId]:
+        return {stream.peer for stream in self._streams} | self._redialer.peers()
 
     def _on_connected(self, connection: Any) -> None:
         self._connections.add(connection)
         peer = libp2p_host.peer_of(connection)
         self._presence.connect(peer)
+        if not connection.muxed_conn.is_initiator:
+            self._discipline.connected(peer, in_use=self._in_use)
         for surplus in self._connections.surplus(peer):
             self._start(
                 partial(
@@ -370,7 +370,7 @@ class Libp2pMesh:
             self._connections.discard(connection)
             self._presence.disconnect(peer)
             if peer not in self._presence:
-                self._book.forget_gossip(peer)
+                self._discipline.book.forget_gossip(peer)
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import trio
 from libp2p.abc import IMuxedConn
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 
+from pinaivu_node.mesh.conduct import Offence
 from pinaivu_node.mesh.libp2p.flusher import Flusher
 from pinaivu_node.mesh.libp2p.muxed_stream import MuxedStream
 from pinaivu_node.mesh.libp2p.pressure import Pressure
@@ -31,7 +32,7 @@ from pinaivu_node.protocol.ids import PeerId
 
 logger = logging.getLogger(__name__)
 
-Fault = Callable[[PeerId, str], None]
+Fault = Callable[[PeerId, str, Offence], None]
 
 _BATCH_BYTES: Final = 192 * 1024
 """Sealed together and handed to the socket in one call: three full Noise messages and more."""
@@ -62,6 +63,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         self.on_close: Callable[[], Awaitable[None]] | None = None
         self.heard_at = trio.current_time()
         self.measured_at = -math.inf  # so that the first look at it asks for a round trip
+        self.bytes_sent = self.bytes_received = 0
         self._core = Connection(is_dialler=session.is_initiator, limits=limits)
         self._channel = session.channel
         self._pulse = pulse
@@ -102,6 +104,16 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
     def round_trip(self) -> float | None:
         """Seconds, smoothed; None until measured."""
         return self._core.round_trip
+
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return self._core.streams
+
+    @property
+    def queued(self) -> int:
+        """Bytes that wait to be sent; adds them up."""
+        return len(self._unsent) + self._core.unsent
 
     async def open_stream(self) -> MuxedStream:
         """A new stream; waits while too many of ours are not yet taken by the peer."""
@@ -172,12 +184,13 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
                 data = await self._channel.receive()
                 if not data:
                     return
+                self.bytes_received += len(data)
                 plaintexts = opener.open_untrusted(data)
         except RemoteProtocolError as exc:
             self._dispatch()
             self._core.go_away(Reason.PROTOCOL_ERROR)
             self.flush()
-            self._fault(PeerId(str(self.peer_id)), str(exc))
+            self._fault(PeerId(str(self.peer_id)), str(exc), Offence.PROTOCOL)
         except _LOST:
             pass
         except Exception as exc:  # noqa: BLE001 - what a layered connection of libp2p may raise
@@ -241,7 +254,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         """See `Holder.relieve`."""
         self._core.reset_all()
         self.settle()
-        self._fault(PeerId(str(self.peer_id)), reason)
+        self._fault(PeerId(str(self.peer_id)), reason, Offence.HOARDING)
         self.give_up(reason)
 
     # --- out --------------------------------------------------------------------------------------
@@ -304,6 +317,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
                 # The reader meets the same end, and acts on it.
                 self._unsent = memoryview(b"")
                 return True
+            self.bytes_sent += sent
             if sent < len(self._unsent):
                 self._unsent = self._unsent[sent:]
                 return False
@@ -314,6 +328,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc] # untyped base
         try:
             while self._unsent:
                 sent = await self._channel.send(self._unsent)
+                self.bytes_sent += sent
                 self._unsent = self._unsent[sent:]
                 if not self._unsent:
                     self._send_what_fits()

@@ -93,6 +93,11 @@ class Connection:
         return sum(stream.unread for stream in self._streams.values())
 
     @property
+    def unsent(self) -> int:
+        """Bytes of open streams that were not put into frames yet; adds them up."""
+        return sum(stream.unsent for stream in self._streams.values())
+
+    @property
     def round_trip(self) -> float | None:
         """Seconds, smoothed; None before the first ping came back."""
         return self.budget.round_trip
